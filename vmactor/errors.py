@@ -1,0 +1,126 @@
+"""Every error that vmactor raises on purpose: one flat tree, grouped by who is at fault.
+
+::
+
+    VmactorError
+     +- IllegalArgumentError          the caller: a value that can never be right
+     +- SecurityError                 the caller: not allowed to do this
+     +- IllegalStateError             the caller: right call, wrong moment
+     |   +- InvalidPayloadTransitionError   the guest: payload states only move forward
+     |   +- ActorDiedError            the actor ended before it answered
+     |   +- MailboxFullError          more work than the actor accepts without waiting
+     +- UnsupportedOperationError     this VMM, host or version cannot do it
+     +- DeadlineExceededError         no answer in time; the actor or VMM may be stuck
+     +- ServiceSpecificError          the host, the VMM or we ourselves: carries a number (always -1 so far)
+         +- StartFailedError          the VMM did not come up; carries the cause
+         +- VmmError                  the VMM refused a request or answered nonsense
+         +- VsockError                no such listener in the guest, helper gone, guest not up yet
+         +- ResourceExhaustedError    out of CIDs, descriptors, processes, space; names the limit
+
+``kind`` is the reference's name (binder exception codes in ``CODES``), stable for clients in any language.
+A message says what to do next; causes are chained (``raise ... from``), and unlike in the reference a failed
+start tells its cause in the message (docs/differences.md).
+"""
+
+from typing import ClassVar, Final
+
+CODES: Final = {
+    "SECURITY": -1,
+    "BAD_PARCELABLE": -2,
+    "ILLEGAL_ARGUMENT": -3,
+    "NULL_POINTER": -4,
+    "ILLEGAL_STATE": -5,
+    "UNSUPPORTED_OPERATION": -7,
+    "SERVICE_SPECIFIC": -8,
+    "TRANSACTION_FAILED": -129,
+}
+"""Binder exception codes of the reference's error kinds (reference: error model)."""
+
+
+class VmactorError(Exception):
+    """Base of all deliberate errors.
+
+    Attributes:
+        kind: The reference's name of the error kind, e.g. ``ILLEGAL_STATE``.
+    """
+
+    kind: ClassVar[str] = "TRANSACTION_FAILED"
+
+    @property
+    def code(self) -> int:
+        """The binder exception code of ``kind``."""
+        return CODES[self.kind]
+
+    @property
+    def message(self) -> str:
+        """The text alone, without the class name."""
+        return str(self)
+
+
+class IllegalArgumentError(VmactorError):
+    """A value that can never be right; correct the call."""
+
+    kind = "ILLEGAL_ARGUMENT"
+
+
+class SecurityError(VmactorError):
+    """The caller may not do this."""
+
+    kind = "SECURITY"
+
+
+class IllegalStateError(VmactorError):
+    """The call is right, the moment is not."""
+
+    kind = "ILLEGAL_STATE"
+
+
+class InvalidPayloadTransitionError(IllegalStateError):
+    """A guest tried to move its payload's state sideways or back."""
+
+
+class ActorDiedError(IllegalStateError):
+    """The actor ended before it answered; the request may or may not have had an effect."""
+
+
+class MailboxFullError(IllegalStateError):
+    """The mailbox has no room; try again, or use the form that waits."""
+
+
+class UnsupportedOperationError(VmactorError):
+    """This VMM, host or version cannot do it."""
+
+    kind = "UNSUPPORTED_OPERATION"
+
+
+class DeadlineExceededError(VmactorError):
+    """No answer before the deadline; a late answer is discarded."""
+
+    kind = "TRANSACTION_FAILED"
+
+
+class ServiceSpecificError(VmactorError):
+    """A failure of the host, the VMM or vmactor itself.
+
+    Attributes:
+        number: The service-specific integer; the reference uses only -1.
+    """
+
+    kind = "SERVICE_SPECIFIC"
+    number: ClassVar[int] = -1
+
+
+class StartFailedError(ServiceSpecificError):
+    """The VMM did not come up; the message holds the cause. The VM is dead afterwards."""
+
+
+class VmmError(ServiceSpecificError):
+    """The VMM refused a request, or answered something that is not an answer. The VM lives on."""
+
+
+class VsockError(ServiceSpecificError):
+    """A vsock connection could not be made. The VM lives on."""
+
+
+class ResourceExhaustedError(ServiceSpecificError):
+    """The host ran out of something; the message names the limit and what to set."""
