@@ -1,0 +1,425 @@
+"""The words: enums, guest reports, events and records, all typed and immutable.
+
+Pure data. Numbers and names are the reference's (Android VirtualizationService, AIDL interfaces of February
+2023) where it has them. Nothing here does I/O, so a client in another process can import it alone.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum, IntEnum
+from typing import Any, ClassVar, Final
+
+from vmactor.errors import IllegalArgumentError
+
+# -- Enums -----------------------------------------------------------------------------------------
+
+
+class CpuTopology(IntEnum):
+    """How many virtual CPUs a VM gets."""
+
+    ONE_CPU = 0
+    MATCH_HOST = 1
+
+
+class PartitionType(IntEnum):
+    """What a writable partition is initialised as."""
+
+    RAW = 0
+    ANDROID_VM_INSTANCE = 1
+    ENCRYPTEDSTORE = 2
+
+
+class MemoryTrimLevel(IntEnum):
+    """How much memory the guest is asked to give back."""
+
+    TRIM_MEMORY_RUNNING_CRITICAL = 0
+    TRIM_MEMORY_RUNNING_LOW = 1
+    TRIM_MEMORY_RUNNING_MODERATE = 2
+
+
+class VirtualMachineState(IntEnum):
+    """A VM's public state; 5 is unused in the reference."""
+
+    NOT_STARTED = 0
+    STARTING = 1
+    STARTED = 2
+    READY = 3
+    FINISHED = 4
+    DEAD = 6
+
+
+class ErrorCode(IntEnum):
+    """What a guest says went wrong with its payload."""
+
+    UNKNOWN = 0
+    PAYLOAD_VERIFICATION_FAILED = 1
+    PAYLOAD_CHANGED = 2
+    PAYLOAD_CONFIG_INVALID = 3
+
+
+class DeathReason(IntEnum):
+    """Why a VM ended."""
+
+    INFRASTRUCTURE_ERROR = 0
+    KILLED = 1
+    UNKNOWN = 2
+    SHUTDOWN = 3
+    START_FAILED = 4
+    REBOOT = 5
+    CRASH = 6
+    PVM_FIRMWARE_PUBLIC_KEY_MISMATCH = 7
+    PVM_FIRMWARE_INSTANCE_IMAGE_CHANGED = 8
+    BOOTLOADER_PUBLIC_KEY_MISMATCH = 9
+    BOOTLOADER_INSTANCE_IMAGE_CHANGED = 10
+    MICRODROID_FAILED_TO_CONNECT_TO_VIRTUALIZATION_SERVICE = 11
+    MICRODROID_PAYLOAD_HAS_CHANGED = 12
+    MICRODROID_PAYLOAD_VERIFICATION_FAILED = 13
+    MICRODROID_INVALID_PAYLOAD_CONFIG = 14
+    MICRODROID_UNKNOWN_RUNTIME_ERROR = 15
+    HANGUP = 16
+    WATCHDOG_REBOOT = 17
+
+
+FAILURE_TEXTS: Final = frozenset(DeathReason(number) for number in range(7, 17))
+"""The reasons that a failure text can name (a text equal to the member's name, before any ``|``)."""
+
+
+def death_reason_of_text(text: str) -> DeathReason | None:
+    """The reason that a failure-pipe text names, or None.
+
+    The part before the first ``|`` must match exactly, as in the reference: no trimming.
+    """
+    name = text.partition("|")[0]
+    reason = DeathReason.__members__.get(name)
+    return reason if reason in FAILURE_TEXTS else None
+
+
+class PayloadState(IntEnum):
+    """How far a VM's payload has come; only ever moves to a greater value."""
+
+    STARTING = 0
+    STARTED = 1
+    READY = 2
+    FINISHED = 3
+    HANGUP = 4
+
+
+# -- What a guest reports --------------------------------------------------------------------------
+
+MAX_GUEST_TEXT: Final = 4096
+"""Longest error message accepted from a guest, in characters; longer ones are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyPayloadStarted:
+    """The payload is about to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyPayloadReady:
+    """The payload can serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyPayloadFinished:
+    """The payload has ended."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyError:
+    """The payload could not be run."""
+
+    error_code: ErrorCode
+    message: str
+
+
+GuestReport = NotifyPayloadStarted | NotifyPayloadReady | NotifyPayloadFinished | NotifyError
+
+
+class UnknownMethodError(IllegalArgumentError):
+    """A guest called a method that does not exist."""
+
+
+def _int32(value: object, what: str) -> int:
+    if type(value) is not int or not -(2**31) <= value < 2**31:
+        raise IllegalArgumentError(f"{what} must be a 32-bit signed integer")
+    return value
+
+
+def decode_guest_report(method: object, params: object) -> GuestReport:
+    """Turn an untrusted method name and parameter list into a report.
+
+    Args:
+        method: What came in the method's place; text or UTF-8 bytes are accepted.
+        params: What came in the parameters' place; must be a list.
+
+    Raises:
+        UnknownMethodError: There is no such method.
+        IllegalArgumentError: Wrong number, type or range of parameters; the message says which.
+    """
+    if isinstance(method, bytes):
+        try:
+            method = method.decode()
+        except UnicodeDecodeError:
+            raise UnknownMethodError("the method name is not UTF-8") from None
+    if not isinstance(method, str):
+        raise IllegalArgumentError("the method name must be text")
+    if not isinstance(params, list):
+        raise IllegalArgumentError("parameters must be an array")
+    arity = {"notifyPayloadStarted": 0, "notifyPayloadReady": 0, "notifyPayloadFinished": 1, "notifyError": 2}
+    if method not in arity:
+        raise UnknownMethodError(f"unknown method {method[:64]!r}; there are: {', '.join(arity)}")
+    if len(params) != arity[method]:
+        raise IllegalArgumentError(f"{method} takes {arity[method]} parameters, not {len(params)}")
+    match method:
+        case "notifyPayloadStarted":
+            return NotifyPayloadStarted()
+        case "notifyPayloadReady":
+            return NotifyPayloadReady()
+        case "notifyPayloadFinished":
+            return NotifyPayloadFinished(_int32(params[0], "exitCode"))
+    number, message = _int32(params[0], "errorCode"), params[1]
+    if isinstance(message, bytes):
+        message = message.decode(errors="replace")
+    if not isinstance(message, str) or len(message) > MAX_GUEST_TEXT:
+        raise IllegalArgumentError(f"message must be text of at most {MAX_GUEST_TEXT} characters")
+    try:
+        return NotifyError(ErrorCode(number), message)
+    except ValueError:
+        return NotifyError(ErrorCode.UNKNOWN, f"(error code {number}) {message}"[:MAX_GUEST_TEXT])
+
+
+# -- Events ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to a VM.
+
+    The header's defaults mean "not stamped yet": the VM's actor fills in who and when, the bus fills in ``seq``.
+
+    Attributes:
+        seq: Counts up by one per event of a bus, from 1.
+        cid: The VM's context identifier.
+        generation: Which run of the VM this belongs to; 0 before the first start.
+        name: The VM's name as its creator gave it.
+        driver: The VMM driver's name; ``simulated`` is never hidden.
+        time: Wall-clock time, UTC.
+        monotonic: The event loop's clock, in seconds; for differences only.
+    """
+
+    kind: ClassVar[str] = "event"
+    seq: int = 0
+    cid: int = 0
+    generation: int = 0
+    name: str = ""
+    driver: str = ""
+    time: datetime = datetime.min.replace(tzinfo=UTC)
+    monotonic: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form: ``event`` is the kind, enums are names, time is RFC 3339 in UTC."""
+        row: dict[str, Any] = {"event": self.kind}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, Enum):
+                value = value.name
+            elif isinstance(value, datetime):
+                value = value.isoformat(timespec="microseconds").replace("+00:00", "Z")
+            row[spec.name] = value
+        return row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created(Event):
+    """The VM exists and can be started."""
+
+    kind = "created"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Event):
+    """The VMM runs."""
+
+    kind = "started"
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadStarted(Event):
+    """The guest said that its payload is about to run.
+
+    Attributes:
+        elapsed: Seconds since the start was asked for (the reference's boot time).
+    """
+
+    kind = "payload_started"
+    elapsed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadReady(Event):
+    """The guest said that its payload can serve."""
+
+    kind = "payload_ready"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadFinished(Event):
+    """The guest said that its payload has ended."""
+
+    kind = "payload_finished"
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadError(Event):
+    """The guest said that its payload could not run."""
+
+    kind = "error"
+    error_code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HungUp(Event):
+    """No payload start was reported in time; the VM is being killed."""
+
+    kind = "hung_up"
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspended(Event):
+    """The virtual CPUs are paused."""
+
+    kind = "suspended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(Event):
+    """The virtual CPUs run again."""
+
+    kind = "resumed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VsockMessage(Event):
+    """A line of text crossed vsock; published by ``vmactor demo``.
+
+    Attributes:
+        direction: ``guest_to_host`` or ``host_to_guest``.
+        port: The vsock port listened on.
+        text: What was said, not escaped.
+    """
+
+    kind = "vsock_message"
+    direction: str
+    port: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Died(Event):
+    """The VM has ended: exactly once per generation, and its last event.
+
+    Attributes:
+        reason: Why.
+        exit_code: The VMM's exit status, if it exited and we were the one to learn it.
+        signal: The signal that ended the VMM, if one did.
+        failure: What the guest wrote to the failure port, cut to a bound.
+        detail: What we know beyond the reason, for people (VMM's last words, cause of a failed start).
+        console_tail: The end of the guest's console, cut to a bound.
+        console_dropped: Console bytes that were not kept because a bound was reached.
+        elapsed: Seconds from start to death.
+    """
+
+    kind = "died"
+    reason: DeathReason
+    exit_code: int | None = None
+    signal: int | None = None
+    failure: str = ""
+    detail: str = ""
+    console_tail: str = ""
+    console_dropped: int = 0
+    elapsed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap(Event):
+    """This subscriber was too slow and missed events; ``seq`` is that of the last one missed."""
+
+    kind = "gap"
+    missed: int
+
+
+# -- Records ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonStats:
+    """What a guest says of its memory, in bytes; None where it did not say.
+
+    Attributes:
+        balloon_actual: The balloon's size: memory taken from the guest.
+        total_memory: All memory as the guest sees it.
+        free_memory: Memory that nothing uses.
+        available_memory: Memory that could be given to new work.
+    """
+
+    balloon_actual: int
+    total_memory: int | None = None
+    free_memory: int | None = None
+    available_memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualMachineDebugInfo:
+    """The reference's debug record of a VM."""
+
+    cid: int
+    temporary_directory: str
+    requester_uid: int
+    requester_pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmInfo:
+    """A VM at one moment, as its actor published it.
+
+    Attributes:
+        cid: Context identifier.
+        name: As its creator gave it.
+        generation: Number of the current or last run; 0 if never started.
+        state: Public state.
+        payload: Payload state, independent of the VM's.
+        driver: VMM driver.
+        suspended: Whether the virtual CPUs are paused.
+        pid: The VMM's process, if one runs.
+        protected: Whether a protected VM was asked for.
+        directory: The VM's private directory.
+        requester_uid: User that asked for the VM.
+        requester_pid: Process that asked for the VM.
+        created: When it was created, UTC.
+        started: When its start was asked for, UTC.
+        died: Its terminal event, if it is dead.
+    """
+
+    cid: int
+    name: str
+    generation: int
+    state: VirtualMachineState
+    payload: PayloadState
+    driver: str
+    suspended: bool
+    pid: int | None
+    protected: bool
+    directory: str
+    requester_uid: int
+    requester_pid: int
+    created: datetime
+    started: datetime | None = None
+    died: Died | None = field(default=None, compare=False)

@@ -1,0 +1,1 @@
+"""Child processes, watched and signalled through pidfds. (Contract; implementation follows.)"""

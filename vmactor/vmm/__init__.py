@@ -1,0 +1,1 @@
+"""VMM drivers: how each virtual machine monitor is started, controlled and understood."""

@@ -1,0 +1,181 @@
+"""What a VMM driver is: a small protocol, one file per VMM.
+
+A driver is stateless. Its ``command_line`` is a pure function of the launch and of the host facts that the driver
+was made with, so it can be tested against the references' tables. ``spawn`` gives a ``Vmm``: one running process
+and its control socket. Nothing here knows of actors.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from vmactor.config import RawConfig
+from vmactor.messages import BalloonStats, DeathReason
+from vmactor.process import ExitStatus
+
+
+@dataclass(frozen=True, slots=True)
+class KernelVsock:
+    """A vhost-vsock device of the host's kernel.
+
+    Attributes:
+        fd: ``/dev/vhost-vsock``, opened read-write, with the guest's CID already claimed on it.
+    """
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class VhostUserVsock:
+    """A vhost-user backend.
+
+    Attributes:
+        fd: A stream socket connected to the backend.
+    """
+
+    fd: int
+
+
+VsockDevice = KernelVsock | VhostUserVsock
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Write ends of the pipes that the VMM gets; the manager drains the other ends.
+
+    Attributes:
+        console: Early and kernel console (ttyS0 and hvc0).
+        failure: Reason of a failure as the guest gives it (ttyS1).
+        log: The guest's log (hvc2).
+        ramdump: Crash dump of the guest (hvc1).
+        stderr: The VMM's own complaints.
+
+    None means that the output is discarded by the VMM (or, for stderr, goes to ``/dev/null``).
+    """
+
+    console: int | None
+    failure: int
+    log: int | None
+    ramdump: int | None
+    stderr: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a driver needs to start a VM; descriptors stay the caller's.
+
+    Attributes:
+        name: The VM's name (already validated).
+        cid: Its vsock context identifier.
+        config: What to run; every file in it is an open descriptor.
+        vsock: How the guest's vsock device is backed.
+        channels: Where serial output goes.
+        directory: The VM's private directory (mode 0700), for a control socket.
+    """
+
+    name: str
+    cid: int
+    config: RawConfig
+    vsock: VsockDevice
+    channels: Channels
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class VmmExit:
+    """How a VMM ended.
+
+    Attributes:
+        status: Exit code or signal.
+        reason: The death reason by the VMM's status and its own word; failure texts and hang-ups come on top.
+        detail: Anything else worth telling a person.
+    """
+
+    status: ExitStatus
+    reason: DeathReason
+    detail: str = ""
+
+
+class Vmm(Protocol):
+    """A spawned VMM."""
+
+    @property
+    def pid(self) -> int:
+        """Process number, for people only; signals go through the pidfd."""
+        ...
+
+    async def wait_running(self) -> None:
+        """Return when the VMM is known to run the guest.
+
+        Raises:
+            VmmError: It ended first, or refused; the message holds its last words. ``wait`` tells the rest.
+        """
+        ...
+
+    async def wait(self) -> VmmExit:
+        """Return how the VMM ended; any number of times, also after the end."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL through the pidfd; never blocks, does nothing to a dead VMM."""
+        ...
+
+    async def suspend(self) -> None:
+        """Pause the virtual CPUs. Raises VmmError or DeadlineExceededError."""
+        ...
+
+    async def resume(self) -> None:
+        """Let the virtual CPUs run again. Raises VmmError or DeadlineExceededError."""
+        ...
+
+    async def request_shutdown(self) -> None:
+        """Press the power button. Raises VmmError or DeadlineExceededError."""
+        ...
+
+    async def balloon_stats(self) -> BalloonStats | None:
+        """The guest's memory figures; None if there is no balloon or its driver is not active."""
+        ...
+
+    async def set_balloon(self, size: int) -> None:
+        """Ask for a balloon of ``size`` bytes (memory taken from the guest)."""
+        ...
+
+    async def aclose(self) -> None:
+        """Kill if alive, reap, close every descriptor. Idempotent; not interrupted by cancellation."""
+        ...
+
+
+class VmmDriver(Protocol):
+    """How to start one kind of VMM."""
+
+    name: ClassVar[str]
+
+    @property
+    def platform_version(self) -> str:
+        """What a configuration's ``platform_version`` is checked against, e.g. ``1.0.0``."""
+        ...
+
+    @property
+    def emulated(self) -> bool:
+        """Whether guests run without hardware virtualization, or nested: timeouts are longer then."""
+        ...
+
+    def validate(self, config: RawConfig) -> None:
+        """Refuse what this VMM cannot do.
+
+        Raises:
+            UnsupportedOperationError: Names the field and what to do.
+        """
+        ...
+
+    def command_line(self, launch: Launch) -> list[str]:
+        """The VMM's arguments, the executable first. Pure."""
+        ...
+
+    async def spawn(self, launch: Launch) -> Vmm:
+        """Start the VMM; returns as soon as the process exists.
+
+        Raises:
+            StartFailedError: The process could not be made.
+        """
+        ...
