@@ -1,0 +1,167 @@
+"""A bus: what happened, told to everyone who asked, in order and without anyone holding up anyone.
+
+Publishing is synchronous and never waits. Each subscriber has a bounded queue of its own; when that overflows
+the oldest events go, and the subscriber finds a gap event in their place that says how many were missed. The
+bus numbers its events from 1. It keeps the last terminal events, so that who comes late still learns of an end.
+
+The bus is generic: it is told how to number an event, how to make a gap and which events end a stream.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import anyio
+
+E = TypeVar("E")
+
+
+class Bus(Generic[E]):
+    """Numbers events and hands them to subscribers.
+
+    Args:
+        stamp: Gives the event with its sequence number in it.
+        gap: Makes the event that stands for missed ones, from the last one missed and their number.
+        ends: The key of the stream that an event ends, or None; the last ``kept_ends`` such events are kept.
+        kept_ends: How many.
+    """
+
+    def __init__(
+        self,
+        *,
+        stamp: Callable[[E, int], E],
+        gap: Callable[[E, int], E],
+        ends: Callable[[E], Hashable | None] = lambda _event: None,
+        kept_ends: int = 1024,
+    ) -> None:
+        self._stamp = stamp
+        self._gap = gap
+        self._ends = ends
+        self._kept_ends = kept_ends
+        self._ended: OrderedDict[Hashable, E] = OrderedDict()
+        self._subscriptions: dict[Subscription[E], None] = {}
+        self.seq = 0
+
+    def __repr__(self) -> str:
+        return f"<Bus seq={self.seq} subscribers={len(self._subscriptions)} ended={len(self._ended)}>"
+
+    def publish(self, event: E) -> E:
+        """Number an event, hand it to every subscriber that wants it, and return it as numbered."""
+        self.seq += 1
+        event = self._stamp(event, self.seq)
+        key = self._ends(event)
+        if key is not None:
+            self._ended[key] = event
+            if len(self._ended) > self._kept_ends:
+                self._ended.popitem(last=False)
+        for subscription in self._subscriptions:
+            subscription._offer(event)  # noqa: SLF001 - the two classes are one thing
+        return event
+
+    def subscribe(
+        self,
+        wants: Callable[[E], bool] = lambda _event: True,
+        *,
+        capacity: int = 256,
+        late: bool = False,
+    ) -> "Subscription[E]":
+        """Receive from now on what ``wants`` says yes to.
+
+        Args:
+            wants: Called for every event by the publisher; must be quick. If it raises, the subscription ends
+                with that error and nobody else notices.
+            capacity: Events that may wait before the oldest are dropped.
+            late: Begin with the kept terminal events that ``wants`` says yes to.
+        """
+        subscription = Subscription(self, wants, capacity)
+        self._subscriptions[subscription] = None
+        if late:
+            for event in self._ended.values():
+                subscription._offer(event)  # noqa: SLF001
+        return subscription
+
+    def _forget(self, subscription: "Subscription[E]") -> None:
+        self._subscriptions.pop(subscription, None)
+
+
+class Subscription(Generic[E]):
+    """One subscriber's queue: an async iterator, and a context manager that ends the subscription.
+
+    Attributes:
+        missed: Events dropped so far.
+    """
+
+    def __init__(self, bus: Bus[E], wants: Callable[[E], bool], capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError("a subscriber needs room for one event at least")
+        self._bus = bus
+        self._wants = wants
+        self._capacity = capacity
+        self._queue: deque[E] = deque()
+        self._lost: tuple[E, int] | None = None
+        self._arrival: anyio.Event | None = None
+        self._error: Exception | None = None
+        self._closed = False
+        self.missed = 0
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._queue)}/{self._capacity}"
+        return f"<Subscription {state} missed={self.missed}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> E:
+        while True:
+            event = self.next_nowait()
+            if event is not None:
+                return event
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                raise StopAsyncIteration
+            self._arrival = anyio.Event()
+            try:
+                await self._arrival.wait()
+            finally:
+                self._arrival = None
+
+    def next_nowait(self) -> E | None:
+        """The next event if one waits, a gap event where some were dropped, or None."""
+        if self._lost is not None:
+            (last, count), self._lost = self._lost, None
+            return self._bus._gap(last, count)  # noqa: SLF001
+        return self._queue.popleft() if self._queue else None
+
+    def close(self) -> None:
+        """End the subscription; what is queued can still be read. Idempotent."""
+        self._closed = True
+        self._bus._forget(self)  # noqa: SLF001
+        if self._arrival is not None:
+            self._arrival.set()
+
+    def _offer(self, event: E) -> None:
+        try:
+            if not self._wants(event):
+                return
+        except Exception as error:
+            self._error = error
+            # Not removed here: the bus is walking its subscriptions. A closed one wants nothing more.
+            self._wants = lambda _event: False
+        else:
+            if len(self._queue) == self._capacity:
+                dropped = self._queue.popleft()
+                self.missed += 1
+                self._lost = (dropped, self._lost[1] + 1 if self._lost else 1)
+            self._queue.append(event)
+        if self._arrival is not None:
+            self._arrival.set()
