@@ -2,7 +2,7 @@
 
 Publishing is synchronous and never waits. Each subscriber has a bounded queue of its own; when that overflows
 the oldest events go, and the subscriber finds a gap event in their place that says how many were missed. The
-bus numbers its events from 1. It keeps the last terminal events, so that who comes late still learns of an end.
+bus numbers its events from 1. It keeps the last terminal events, so that latecomers still learn of an end.
 
 The bus is generic: it is told how to number an event, how to make a gap and which events end a stream.
 """
@@ -55,7 +55,7 @@ class Bus(Generic[E]):
             self._ended[key] = event
             if len(self._ended) > self._kept_ends:
                 self._ended.popitem(last=False)
-        for subscription in self._subscriptions:
+        for subscription in tuple(self._subscriptions):
             subscription._offer(event)  # noqa: SLF001 - the two classes are one thing
         return event
 
@@ -65,6 +65,7 @@ class Bus(Generic[E]):
         *,
         capacity: int = 256,
         late: bool = False,
+        until_end: bool = False,
     ) -> "Subscription[E]":
         """Receive from now on what ``wants`` says yes to.
 
@@ -73,8 +74,9 @@ class Bus(Generic[E]):
                 with that error and nobody else notices.
             capacity: Events that may wait before the oldest are dropped.
             late: Begin with the kept terminal events that ``wants`` says yes to.
+            until_end: Close after the first wanted terminal event.
         """
-        subscription = Subscription(self, wants, capacity)
+        subscription = Subscription(self, wants, capacity, until_end=until_end)
         self._subscriptions[subscription] = None
         if late:
             for event in self._ended.values():
@@ -92,12 +94,13 @@ class Subscription(Generic[E]):
         missed: Events dropped so far.
     """
 
-    def __init__(self, bus: Bus[E], wants: Callable[[E], bool], capacity: int) -> None:
+    def __init__(self, bus: Bus[E], wants: Callable[[E], bool], capacity: int, *, until_end: bool) -> None:
         if capacity < 1:
             raise ValueError("a subscriber needs room for one event at least")
         self._bus = bus
         self._wants = wants
         self._capacity = capacity
+        self._until_end = until_end
         self._queue: deque[E] = deque()
         self._lost: tuple[E, int] | None = None
         self._arrival: anyio.Event | None = None
@@ -150,18 +153,21 @@ class Subscription(Generic[E]):
             self._arrival.set()
 
     def _offer(self, event: E) -> None:
+        if self._closed:
+            return
         try:
             if not self._wants(event):
                 return
-        except Exception as error:
+        except Exception as error:  # the subscriber's own affair; it is raised in its task
             self._error = error
-            # Not removed here: the bus is walking its subscriptions. A closed one wants nothing more.
-            self._wants = lambda _event: False
+            self.close()
         else:
             if len(self._queue) == self._capacity:
                 dropped = self._queue.popleft()
                 self.missed += 1
                 self._lost = (dropped, self._lost[1] + 1 if self._lost else 1)
             self._queue.append(event)
+            if self._until_end and self._bus._ends(event) is not None:  # noqa: SLF001
+                self.close()
         if self._arrival is not None:
             self._arrival.set()

@@ -1,8 +1,8 @@
 """Context identifiers: one per VM on a host, handed out in turn, shared by all managers of a user.
 
 One small file holds the last CID handed out and when each was given back. A claim is an open-file-description
-lock on one byte of that file, so the kernel gives it back when its manager dies, costs no descriptor per VM, and
-tells other processes which CIDs are held. The counter has a lock of its own, held for microseconds.
+lock on one byte of that file, so the kernel gives it back when its manager dies, costs no descriptor per VM,
+and tells other processes which CIDs are held. The counter has a lock of its own, held for microseconds.
 
 Source: the reference's allocation (range 2048..65535, next after the last one, persisted, never one that is
 held); the rest before reuse is ours, for connections of a dead VM that are still on their way.
@@ -31,9 +31,10 @@ _LOCK_PATIENCE: Final = 5.0
 
 
 def _lock(fd: int, offset: int, kind: int, command: int) -> int:
-    """One byte's lock; returns the kind of lock found or set. Raises BlockingIOError where another holds it."""
+    """Work on one byte's lock; returns the kind of lock found or set, or raises BlockingIOError."""
     request = struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0)
-    return int(struct.unpack("hhqqi4x", fcntl.fcntl(fd, command, request))[0])
+    found: int = struct.unpack("hhqqi4x", fcntl.fcntl(fd, command, request))[0]
+    return found
 
 
 class CidPool:
@@ -98,7 +99,8 @@ class CidPool:
         """Whether any living manager, this one included, holds a CID."""
         if cid in self._held:
             return True
-        return _lock(self._fd, _CLAIM_LOCKS + cid, fcntl.F_WRLCK, fcntl.F_OFD_GETLK) != fcntl.F_UNLCK
+        found = _lock(self._fd, _CLAIM_LOCKS + cid, fcntl.F_WRLCK, fcntl.F_OFD_GETLK)
+        return found != int(fcntl.F_UNLCK)
 
     async def _lock_counter(self) -> None:
         # Never a blocking lock: a manager that was stopped while holding it would stop our event loop too.
@@ -113,7 +115,7 @@ class CidPool:
                 else:
                     return
         raise DeadlineExceededError(
-            f"another manager has kept the CID counter locked for {_LOCK_PATIENCE:g} s; look for a stopped one"
+            f"another manager kept the CID counter locked for {_LOCK_PATIENCE:g} s; look for a stopped one"
         )
 
     def _try_lock(self, cid: int) -> bool:

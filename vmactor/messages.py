@@ -195,11 +195,14 @@ def decode_guest_report(method: object, params: object) -> GuestReport:
 # -- Events ----------------------------------------------------------------------------------------
 
 
+UNSTAMPED: Final = datetime.min.replace(tzinfo=UTC)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that happened to a VM.
 
-    The header's defaults mean "not stamped yet": the VM's actor fills in who and when, the bus fills in ``seq``.
+    The header's defaults mean "not stamped yet": the VM's actor fills in who and when, the bus the ``seq``.
 
     Attributes:
         seq: Counts up by one per event of a bus, from 1.
@@ -217,7 +220,7 @@ class Event:
     generation: int = 0
     name: str = ""
     driver: str = ""
-    time: datetime = datetime.min.replace(tzinfo=UTC)
+    time: datetime = UNSTAMPED
     monotonic: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -346,6 +349,13 @@ class Died(Event):
     console_tail: str = ""
     console_dropped: int = 0
     elapsed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed(Event):
+    """The VM was given back without ever having been started; there was no run, so nothing died."""
+
+    kind = "removed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

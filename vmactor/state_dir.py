@@ -7,8 +7,8 @@
       vm/<cid>/             one VM's private directory: sockets, and
       vm/<cid>/record.json  what other processes may know of it
 
-A directory whose CID nobody holds was left by a manager that crashed. It is never removed here, and its CID is
-not handed out again, because a VMM may still live in it.
+A directory whose CID nobody holds was left by a manager that crashed. It is never removed here, and its CID
+is not handed out again, because a VMM may still live in it.
 """
 
 import json

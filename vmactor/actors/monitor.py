@@ -1,0 +1,277 @@
+"""One run of a VM: its helper, its VMM and its channels, from the spawn to the last byte read.
+
+Owned by the VM's supervisor as one child. It tells the VM's actor what happens and decides nothing, except that
+a VMM whose vsock helper died, or that never said it runs, is killed. However it ends, no process, descriptor
+or socket of the run is left.
+"""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import anyio
+import structlog
+from anyio.abc import TaskStatus
+
+from vmactor.actors.lifecycle import Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
+from vmactor.config import RawConfig
+from vmactor.console import Drain
+from vmactor.errors import DeadlineExceededError, ResourceExhaustedError, VmactorError, VmmError
+from vmactor.messages import DeathReason
+from vmactor.process import UNKNOWN
+from vmactor.vhost_device_vsock import VhostDeviceVsock
+from vmactor.vmm.driver import Channels, KernelVsock, Launch, VhostUserVsock, Vmm, VmmDriver, VmmExit, VsockDevice
+
+MIB: Final = 1 << 20
+CONSOLE_CAP: Final = 64 * MIB
+"""Bytes of console, and of log, that are copied to a caller's file."""
+RAMDUMP_CAP: Final = 4096 * MIB
+CONSOLE_TAIL: Final = 16 * 1024
+FAILURE_CAP: Final = 4 * 1024
+STDERR_TAIL: Final = 4 * 1024
+DRAIN_SECONDS: Final = 2.0
+"""How long the channels of a dead VMM are read if something still holds them open."""
+HELPER_GRACE: Final = 0.5
+"""A VMM that ends within this time of its helper ended by itself."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Sinks:
+    """Where a caller wants the guest's output, as descriptors, or None."""
+
+    console: int | None = None
+    log: int | None = None
+    ramdump: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What every run of a VM is made from.
+
+    Attributes:
+        name: The VM's name.
+        cid: Its CID.
+        config: What to run.
+        driver: How.
+        directory: Where its sockets go.
+        sinks: Where its output goes.
+        vhost_fd: An open vhost-vsock device with the CID claimed, or None for the helper.
+        helper: The vhost-device-vsock executable, or None where the kernel does it.
+    """
+
+    name: str
+    cid: int
+    config: RawConfig
+    driver: VmmDriver
+    directory: Path
+    sinks: Sinks
+    vhost_fd: int | None
+    helper: Path | None
+
+
+class Run:
+    """A run under way.
+
+    Attributes:
+        vmm: The VMM, once spawned.
+        helper_pid: The vsock helper's process, while it lives.
+    """
+
+    def __init__(self, spec: RunSpec, generation: int, post: Callable[[Message], None]) -> None:
+        self.vmm: Vmm | None = None
+        self.helper_pid: int | None = None
+        self._spec = spec
+        self._generation = generation
+        self._post = post
+        self._killed = False
+        self._startup: anyio.CancelScope | None = None
+        self._failure: VmmExit | None = None
+
+    def kill(self) -> None:
+        """End the run now; never blocks, any number of times."""
+        self._killed = True
+        if self.vmm is not None:
+            self.vmm.kill()
+        elif self._startup is not None:
+            self._startup.cancel()
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        """The supervisor's child; always reports ``RunEnded`` last."""
+        task_status.started()
+        pipes: _Pipes | None = None
+        try:
+            pipes = _Pipes(self._spec.sinks)
+            async with anyio.create_task_group() as drains:
+                for drain in pipes.drains:
+                    drains.start_soon(pipes.drain, drain)
+                ended = await self._until_exit(pipes)
+                pipes.close_write_ends()
+                with anyio.move_on_after(DRAIN_SECONDS):
+                    await pipes.drained.wait()
+                drains.cancel_scope.cancel()
+        except OSError as error:  # no descriptors for the pipes
+            exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
+            ended = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(exhausted))
+        finally:
+            if pipes is not None:
+                pipes.close()
+        self._post(self._summary(ended, pipes))
+
+    def _summary(self, ended: VmmExit, pipes: "_Pipes | None") -> RunEnded:
+        detail = ended.detail
+        failure = console = ""
+        dropped = 0
+        if pipes is not None:
+            words = pipes.stderr.tail.decode(errors="replace").strip()
+            detail = "\n".join(part for part in (detail, words) if part)
+            failure = pipes.failure.tail.decode(errors="replace")
+            console = pipes.console.tail.decode(errors="replace")
+            dropped = pipes.console.dropped
+        return RunEnded(
+            self._generation,
+            ended.reason,
+            exit_code=ended.status.code,
+            signal=ended.status.signal,
+            failure=failure,
+            detail=detail,
+            console_tail=console,
+            console_dropped=dropped,
+        )
+
+    async def _until_exit(self, pipes: "_Pipes") -> VmmExit:
+        try:
+            async with AsyncExitStack() as stack:
+                with anyio.CancelScope() as self._startup:
+                    if self._killed:
+                        self._startup.cancel()
+                    helper = await self._start_helper(stack)
+                    self.vmm = await self._spawn(stack, pipes, helper)
+                if self.vmm is None:
+                    return VmmExit(UNKNOWN, DeathReason.KILLED, "stopped before its VMM was spawned")
+                pipes.close_write_ends()
+                self._post(VmmSpawned(self._generation, self.vmm.pid))
+                ended = await self._watch(self.vmm, helper)
+                self._post(VmmGone(self._generation))
+                return replace(self._failure, status=ended.status) if self._failure else ended
+        except VmactorError as error:
+            return VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
+        except OSError as error:
+            return VmmExit(UNKNOWN, DeathReason.START_FAILED, f"the host refused: {error}")
+        finally:
+            self.helper_pid = None
+
+    async def _start_helper(self, stack: AsyncExitStack) -> VhostDeviceVsock | None:
+        if self._spec.helper is None:
+            return None
+        helper = VhostDeviceVsock.spawn(self._spec.helper, self._spec.cid, self._spec.directory)
+        await stack.enter_async_context(_closing(helper))
+        self.helper_pid = helper.process.pid
+        return helper
+
+    async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes", helper: VhostDeviceVsock | None) -> Vmm:
+        spec = self._spec
+        device: VsockDevice
+        if helper is not None:
+            connection = await helper.connect()
+            stack.callback(os.close, connection)
+            device = VhostUserVsock(connection)
+        else:
+            assert spec.vhost_fd is not None, "a VM has a vhost device or a helper"  # noqa: S101
+            device = KernelVsock(spec.vhost_fd)
+        launch = Launch(spec.name, spec.cid, spec.config, device, pipes.channels, spec.directory)
+        vmm = await spec.driver.spawn(launch)
+        await stack.enter_async_context(_closing(vmm))
+        return vmm
+
+    async def _watch(self, vmm: Vmm, helper: VhostDeviceVsock | None) -> VmmExit:
+        async with anyio.create_task_group() as watchers:
+            watchers.start_soon(self._confirm, vmm)
+            if helper is not None:
+                watchers.start_soon(self._watch_helper, vmm, helper)
+            ended = await vmm.wait()
+            watchers.cancel_scope.cancel()
+        return ended
+
+    async def _confirm(self, vmm: Vmm) -> None:
+        try:
+            await vmm.wait_running()
+        except VmmError:
+            pass  # it has ended, or will: its exit tells the reason
+        except DeadlineExceededError as error:
+            if not self._killed:
+                self._failure = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
+            vmm.kill()
+        else:
+            self._post(VmmRunning(self._generation))
+
+    async def _watch_helper(self, vmm: Vmm, helper: VhostDeviceVsock) -> None:
+        status = await helper.process.wait()
+        self.helper_pid = None
+        with anyio.move_on_after(HELPER_GRACE):
+            await vmm.wait()
+            return
+        detail = f"the VM's vsock helper ended ({status}); the VM was killed, since nobody could reach it"
+        log.error("vsock helper ended before its VM", vm=self._spec.name, cid=self._spec.cid, status=str(status))
+        self._failure = VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)
+        vmm.kill()
+
+
+class _Pipes:
+    """The pipes of one run: what the VMM writes, we drain from the first byte to the last."""
+
+    def __init__(self, sinks: Sinks) -> None:
+        self.drained = anyio.Event()
+        self._ends: list[int] = []
+        self._reads: list[int] = []
+        try:
+            self.console, console = self._pipe(sinks.console, CONSOLE_CAP, CONSOLE_TAIL)
+            self.failure, failure = self._pipe(None, 0, FAILURE_CAP)
+            self.stderr, stderr = self._pipe(None, 0, STDERR_TAIL)
+            self.drains = [self.console, self.failure, self.stderr]
+            guest_log = ramdump = None
+            if sinks.log is not None:
+                drain, guest_log = self._pipe(sinks.log, CONSOLE_CAP, 0)
+                self.drains.append(drain)
+            if sinks.ramdump is not None:
+                drain, ramdump = self._pipe(sinks.ramdump, RAMDUMP_CAP, 0)
+                self.drains.append(drain)
+        except BaseException:
+            self.close()
+            raise
+        self.channels = Channels(console, failure, guest_log, ramdump, stderr)
+        self._open = len(self.drains)
+
+    def _pipe(self, sink: int | None, cap: int, tail: int) -> tuple[Drain, int]:
+        read, write = os.pipe2(os.O_CLOEXEC)
+        self._reads.append(read)
+        self._ends.append(write)
+        return Drain(read, sink=sink, sink_cap=cap, tail=tail), write
+
+    async def drain(self, drain: Drain) -> None:
+        await drain.run()
+        self._open -= 1
+        if self._open == 0:
+            self.drained.set()
+
+    def close_write_ends(self) -> None:
+        while self._ends:
+            os.close(self._ends.pop())
+
+    def close(self) -> None:
+        self.close_write_ends()
+        while self._reads:
+            os.close(self._reads.pop())
+
+
+@asynccontextmanager
+async def _closing(resource: VhostDeviceVsock | Vmm) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await resource.aclose()

@@ -1,0 +1,329 @@
+"""The VM actor: owns one VM's state, feeds messages to ``lifecycle.transition`` and performs what it answers.
+
+One task runs ``VmActor.run``. Under the VM's own supervisor live the guest's RPC server, the run (helper, VMM,
+channels), the hang-up watch and the control request under way. All of them only send messages here.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import anyio
+import structlog
+from anyio.abc import TaskStatus
+
+from vmactor.actors.guest_rpc import serve_guest_rpc
+from vmactor.actors.lifecycle import (
+    Action,
+    Answer,
+    ArmHangup,
+    Clear,
+    Control,
+    ControlDone,
+    DisarmHangup,
+    Finish,
+    GuestReported,
+    HangupExpired,
+    KillRun,
+    Life,
+    Message,
+    Phase,
+    Publish,
+    Refuse,
+    Release,
+    Resume,
+    RunControl,
+    RunEnded,
+    SpawnRun,
+    Suspend,
+    TrimMemory,
+    transition,
+)
+from vmactor.actors.monitor import Run, RunSpec
+from vmactor.bus import Bus
+from vmactor.errors import ActorDiedError, IllegalStateError, VmactorError
+from vmactor.mailbox import Mailbox
+from vmactor.messages import (
+    Created,
+    DeathReason,
+    Died,
+    Event,
+    GuestReport,
+    MemoryTrimLevel,
+    PayloadStarted,
+    Removed,
+    VmInfo,
+)
+from vmactor.supervisor import ChildExit, Decision, Supervisor
+from vmactor.vsock import VsockListener, VsockTransport
+
+TRIM_PERCENT: Final = {
+    MemoryTrimLevel.TRIM_MEMORY_RUNNING_CRITICAL: 50,
+    MemoryTrimLevel.TRIM_MEMORY_RUNNING_LOW: 30,
+    MemoryTrimLevel.TRIM_MEMORY_RUNNING_MODERATE: 10,
+}
+"""Share of the guest's memory that the balloon takes, per level (reference: memory trimming)."""
+
+REPORT_SECONDS: Final = 10.0
+"""How long a guest's call may wait for its VM's actor."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmContext:
+    """What the service lends a VM for its lifetime.
+
+    Attributes:
+        bus: Where events go.
+        transport: The VM's vsock.
+        listener: Listens on port = CID, from before the VM exists.
+        record: Makes the VM's state visible to other processes.
+        clear: Removes the VM's files.
+        give_back: Releases the CID and every descriptor that the VM owned.
+    """
+
+    bus: Bus[Event]
+    transport: VsockTransport
+    listener: VsockListener
+    record: Callable[[VmInfo], None]
+    clear: Callable[[], None]
+    give_back: Callable[[], None]
+
+
+class VmActor:
+    """One VM.
+
+    Attributes:
+        info: The state as last published; read by anyone, without asking.
+        mailbox: How to speak to it.
+        run_under_way: The current run, while there is one.
+        ended: Set when the VM will never change again and nothing of it is left.
+        created_seq: The bus's number of this VM's ``created`` event.
+    """
+
+    def __init__(self, spec: RunSpec, info: VmInfo, context: VmContext, hangup_timeout: float | None) -> None:
+        self.info = info
+        self.mailbox: Mailbox[Message] = Mailbox(f"VM {spec.name} (CID {spec.cid})")
+        self.run_under_way: Run | None = None
+        self.ended = anyio.Event()
+        self.created_seq = 0
+        self._spec = spec
+        self._context = context
+        self._life = Life(hangup_timeout)
+        self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
+        self._started_at = 0.0
+        self._log = structlog.get_logger().bind(vm=spec.name, cid=spec.cid)
+
+    def __repr__(self) -> str:
+        life, pid = self._life, f" pid={self._life.pid}" if self._life.pid else ""
+        return (
+            f"<VM {self._spec.name} cid={self._spec.cid} gen={life.generation} "
+            f"{life.public_state.name}{' suspended' if life.suspended else ''}{pid}>"
+        )
+
+    def release(self) -> None:
+        """Nobody needs the VM any more; never waits, any number of times."""
+        try:
+            self.mailbox.control(Release())
+        except ActorDiedError:
+            pass
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        """The actor's task: from ``created`` to the last trace of the VM."""
+        try:
+            async with self._supervisor:
+                self.created_seq = self._publish(Created()).seq
+                self._context.record(self.info)
+                task_status.started()
+                while not self.ended.is_set():
+                    envelope = await self.mailbox.receive()
+                    self._life, actions = transition(self._life, envelope.message, envelope.reply)
+                    self._refresh()
+                    for action in actions:
+                        await self._perform(action)
+        finally:
+            # Reached early only if the actor was cancelled or is itself at fault: the VM dies all the same.
+            if not self.ended.is_set():
+                await self._end_at_once()
+            self.mailbox.close()
+
+    async def _end_at_once(self) -> None:
+        with anyio.CancelScope(shield=True):
+            reason = DeathReason.KILLED if self._life.alive else DeathReason.INFRASTRUCTURE_ERROR
+            ended = RunEnded(self._life.generation, reason, detail="the manager gave the VM up")
+            self._life, actions = transition(self._life, ended)
+            if not actions:
+                self._life, actions = transition(self._life, Release())
+            self._refresh()
+            for action in actions:
+                if not isinstance(action, KillRun):
+                    await self._perform(action)
+
+    # -- Performing actions -----------------------------------------------------------------------
+
+    async def _perform(self, action: Action) -> None:
+        match action:
+            case SpawnRun(generation):
+                await self._spawn(generation)
+            case KillRun():
+                if self.run_under_way is not None:
+                    self.run_under_way.kill()
+            case ArmHangup(generation):
+                await self._supervisor.stop("hangup")
+                await self._supervisor.start("hangup", _Timer(self._life.hangup_timeout, self._post, generation))
+            case DisarmHangup():
+                await self._supervisor.stop("hangup")
+            case RunControl(generation, control):
+                await self._supervisor.start("control", _ControlRequest(self, generation, control))
+            case Clear():
+                await self._clear()
+            case Publish(event):
+                self._publish(event)
+            case Answer(reply):
+                self.mailbox.answer(reply)  # type: ignore[arg-type]
+            case Refuse(reply, error):
+                self.mailbox.refuse(reply, error)  # type: ignore[arg-type]
+            case Finish():
+                self._context.give_back()
+                self.ended.set()
+
+    async def _spawn(self, generation: int) -> None:
+        self._started_at = anyio.current_time()
+        self.run_under_way = Run(self._spec, generation, self._post)
+        await self._supervisor.start("guest-rpc", _GuestRpc(self, generation))
+        await self._supervisor.start("run", self.run_under_way.run)
+
+    async def _clear(self) -> None:
+        for child in ("control", "guest-rpc", "run"):
+            await self._supervisor.stop(child)
+        self.run_under_way = None
+        await self._context.listener.aclose()
+        self._context.clear()
+
+    def _post(self, message: Message) -> None:
+        try:
+            self.mailbox.control(message)
+        except ActorDiedError:
+            self._log.debug("message for a dead VM", message=type(message).__name__)
+
+    def _child_ended(self, child: ChildExit) -> Decision:
+        if child.error is not None:
+            # A fault of ours, not of the VM; the VM is ended in order rather than left without an owner.
+            self._log.error("a VM's child failed", child=child.name, exc_info=child.error)
+            detail = f"internal error in {child.name}: {child.error!r}"
+            if child.name == "run":
+                self._post(RunEnded(self._life.generation, DeathReason.INFRASTRUCTURE_ERROR, detail=detail))
+            elif self.run_under_way is not None:
+                self.run_under_way.kill()
+        return Decision.IGNORE
+
+    # -- Telling the world ------------------------------------------------------------------------
+
+    def _publish(self, event: Event) -> Event:
+        now = anyio.current_time()
+        header: dict[str, Any] = {
+            "cid": self._spec.cid,
+            "generation": self._life.generation,
+            "name": self._spec.name,
+            "driver": self._spec.driver.name,
+            "time": datetime.now(UTC),
+            "monotonic": now,
+        }
+        if isinstance(event, PayloadStarted | Died):
+            header["elapsed"] = now - self._started_at
+        if isinstance(event, Died | Removed):
+            self.info = replace(self.info, died=replace(event, **header))
+        stamped = self._context.bus.publish(replace(event, **header))
+        self._log.info(event.kind, generation=self._life.generation, seq=stamped.seq)
+        return stamped
+
+    def _refresh(self) -> None:
+        life = self._life
+        started = self.info.started
+        if life.phase is Phase.STARTING and self.info.generation != life.generation:
+            started = datetime.now(UTC)
+        info = replace(
+            self.info,
+            generation=life.generation,
+            state=life.public_state,
+            payload=life.payload,
+            suspended=life.suspended,
+            pid=life.pid,
+            started=started,
+        )
+        if info != self.info:
+            self.info = info
+            if life.phase is not Phase.DEAD:
+                self._context.record(info)
+
+
+class _Timer:
+    """Sends one ``HangupExpired``."""
+
+    def __init__(self, seconds: float | None, post: Callable[[Message], None], generation: int) -> None:
+        self._seconds = seconds
+        self._post = post
+        self._generation = generation
+
+    async def __call__(self, *, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        if self._seconds is not None:
+            await anyio.sleep(self._seconds)
+            self._post(HangupExpired(self._generation))
+
+
+class _GuestRpc:
+    """Serves the guest's calls for one run."""
+
+    def __init__(self, actor: VmActor, generation: int) -> None:
+        self._actor = actor
+        self._generation = generation
+
+    async def __call__(self, *, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        await serve_guest_rpc(self._actor._context.listener, self._report, cid=self._actor.info.cid)  # noqa: SLF001
+
+    async def _report(self, report: GuestReport) -> None:
+        await self._actor.mailbox.ask(GuestReported(self._generation, report), timeout=REPORT_SECONDS)
+
+
+class _ControlRequest:
+    """Carries out one control request; the VMM may be slow or silent, the actor is not."""
+
+    def __init__(self, actor: VmActor, generation: int, control: Control) -> None:
+        self._actor = actor
+        self._generation = generation
+        self._control = control
+
+    async def __call__(self, *, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        error: VmactorError | None = None
+        try:
+            await self._carry_out()
+        except VmactorError as refused:
+            error = refused
+        self._actor._post(ControlDone(self._generation, error))  # noqa: SLF001 - part of the actor
+
+    async def _carry_out(self) -> None:
+        run = self._actor.run_under_way
+        vmm = run.vmm if run is not None else None
+        if vmm is None:
+            raise IllegalStateError("VM is not running")
+        match self._control:
+            case Suspend():
+                await vmm.suspend()
+            case Resume():
+                await vmm.resume()
+            case TrimMemory(level):
+                stats = await vmm.balloon_stats()
+                if stats is not None and stats.total_memory is not None:
+                    await vmm.set_balloon(stats.total_memory * TRIM_PERCENT[level] // 100)
+
+
+def info_record(info: VmInfo) -> dict[str, Any]:
+    """A VM's state in JSON-ready form, as other processes and ``--json`` see it."""
+    row = asdict(replace(info, died=None))
+    row |= {"state": info.state.name, "payload": info.payload.name}
+    row |= {key: row[key].isoformat() for key in ("created", "started") if row[key] is not None}
+    del row["died"]
+    return row
