@@ -97,11 +97,11 @@ static bool write_all(int fd, const void *data, size_t size) {
 }
 
 static bool write_file(const char *path, const char *data) {
-    int fd = open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC);
+    int fd = open(path, O_WRONLY | O_CREAT | O_NOCTTY | O_CLOEXEC, 0644);
     if (fd < 0) return false;
-    bool written = write_all(fd, data, strlen(data));
-    if (isatty(fd)) tcdrain(fd); /* the port is emulated: what is still buffered when the machine stops is lost */
+    bool written = write_all(fd, data, strlen(data)) && (fsync(fd) == 0 || errno == EINVAL || errno == EROFS);
     int error = errno;
+    if (isatty(fd)) tcdrain(fd); /* the port is emulated: what is still buffered when the machine stops is lost */
     close(fd);
     errno = error;
     return written;
@@ -207,8 +207,9 @@ static int dial_manager(void) {
 static void listen_for_steps(void) {
     listener = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct sockaddr_vm any = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = STEP_PORT};
-    if (listener < 0 || bind(listener, (struct sockaddr *)&any, sizeof any) || listen(listener, 128))
-        dprintf(2, "vmactor-agent: port %d: %s\n", STEP_PORT, strerror(errno));
+    if (listener >= 0 && bind(listener, (struct sockaddr *)&any, sizeof any) == 0 && listen(listener, 128) == 0) return;
+    if (listener >= 0) close(listener);
+    listener = -1;
 }
 
 /* ---- MessagePack-RPC ---------------------------------------------------------------------------------------------- */
@@ -478,6 +479,24 @@ static bool do_dial(char *rest, struct text *answer) {
     return ok;
 }
 
+/* Files of the kernel, and devices: READ shows them up to a NUL byte, line ends as "|"; WRITE adds no line end. */
+static bool do_read(char *rest, struct text *answer) {
+    int fd = open(rest, O_RDONLY | O_NOCTTY | O_CLOEXEC);
+    static char content[4096];
+    ssize_t size = fd < 0 ? -1 : read(fd, content, sizeof content - 1);
+    if (fd >= 0) close(fd);
+    if (size < 0) return fail(answer, rest);
+    content[size] = 0;
+    for (char *end; (end = strchr(content, '\n'));) *end = '|';
+    put(answer, "%s", content);
+    return true;
+}
+
+static bool do_write(char *rest, struct text *answer) {
+    char *path = strsep(&rest, " ");
+    return write_file(path, rest ? rest : "") || fail(answer, path);
+}
+
 static bool do_uname(char *rest, struct text *answer) {
     (void)rest;
     struct utsname name;
@@ -602,12 +621,13 @@ static const struct step {
     const char *name;
     bool (*act)(char *rest, struct text *answer);
 } steps[] = {
-    {"cid", do_cid},           {"dial", do_dial},         {"echo", do_echo},   {"error", do_error},
-    {"exec", do_exec},         {"failure", do_failure},   {"flood", do_flood}, {"finished", do_finished},
-    {"hang", do_hang},         {"log", do_log},           {"panic", do_panic}, {"poweroff", do_poweroff},
-    {"print", do_print},       {"raw", do_raw},           {"ready", do_ready}, {"reboot", do_reboot},
-    {"serve", do_serve},       {"sleep", do_sleep},       {"spam", do_spam},   {"started", do_started},
-    {"stream", do_stream},     {"uname", do_uname},       {"watchdog", do_watchdog},
+    {"cid", do_cid}, {"dial", do_dial}, {"echo", do_echo}, {"error", do_error},
+    {"exec", do_exec}, {"failure", do_failure}, {"finished", do_finished}, {"flood", do_flood},
+    {"hang", do_hang}, {"log", do_log}, {"panic", do_panic}, {"poweroff", do_poweroff},
+    {"print", do_print}, {"raw", do_raw}, {"read", do_read}, {"ready", do_ready},
+    {"reboot", do_reboot}, {"serve", do_serve}, {"sleep", do_sleep}, {"spam", do_spam},
+    {"started", do_started}, {"stream", do_stream}, {"uname", do_uname}, {"watchdog", do_watchdog},
+    {"write", do_write},
 };
 
 static bool do_step(char *line, struct text *answer) {
@@ -663,6 +683,7 @@ static _Noreturn void serve_connection(void) {
 static bool do_serve(char *rest, struct text *answer) {
     (void)rest;
     if (client >= 0) return fail_with(answer, "already serving");
+    if (listener < 0) return fail_with(answer, "vsock port 1000 could not be opened");
     pid_t pid = fork();
     if (pid < 0) return fail(answer, "fork");
     if (pid) {
@@ -726,7 +747,8 @@ int main(int argc, char **argv) {
         step += strspn(step, " ");
         char name[32];
         snprintf(name, sizeof name, "%.*s", (int)strcspn(step, " "), step);
-        if (*step && !do_step(step, &answer)) dprintf(1, "vmactor-agent: %s: error %s\n", name, data);
+        bool ok = *step ? do_step(step, &answer) : true;
+        if (*step && (!ok || answer.size)) dprintf(1, "vmactor-agent: %s: %s %s\n", name, ok ? "ok" : "error", data);
     }
     while (serving) /* process 1 also inherits every orphan */
         if (wait(NULL) < 0) pause();
