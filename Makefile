@@ -1,0 +1,36 @@
+# The same few verbs for people and for CI. `make help` lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup guest demo test check bench clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+setup:  ## Install what is missing: Debian packages, .venv, the vsock helper
+	@$(PYTHON) tools/setup.py
+
+guest: setup  ## Build the guests that the demo and the tests boot
+	@$(BIN)/python tools/build_guest.py
+
+demo: guest  ## Boot a real Linux guest and show its whole life (more arguments: ARGS=--json)
+	@$(BIN)/vmactor demo $(ARGS)
+
+check: setup  ## Lint, formatting, types, direction of imports
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo 'format: run .venv/bin/ruff format'; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports > build/imports.log || { cat build/imports.log; exit 1; }
+	@echo 'check: passed'
+
+test: guest check  ## Check, then run every test (one module: ARGS=tests/test_bus.py)
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: guest  ## Measure what the manager adds to a boot
+	@set -e; for script in bench/bench_*.py; do $(BIN)/python "$$script" $(ARGS); done
+
+clean:  ## Remove everything built or downloaded, but not .venv
+	@rm -rf build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
