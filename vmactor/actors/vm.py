@@ -52,7 +52,6 @@ from vmactor.messages import (
     GuestReport,
     MemoryTrimLevel,
     PayloadStarted,
-    Removed,
     VmInfo,
 )
 from vmactor.supervisor import ChildExit, Decision, Supervisor
@@ -121,6 +120,16 @@ class VmActor:
             f"{life.public_state.name}{' suspended' if life.suspended else ''}{pid}>"
         )
 
+    @property
+    def transport(self) -> VsockTransport:
+        """The VM's vsock."""
+        return self._context.transport
+
+    @property
+    def helper_pid(self) -> int | None:
+        """The process whose vsock connections are the guest's, while there is one."""
+        return self.run_under_way.helper_pid if self.run_under_way is not None else None
+
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""
         try:
@@ -174,6 +183,7 @@ class VmActor:
             case DisarmHangup():
                 await self._supervisor.stop("hangup")
             case RunControl(generation, control):
+                await self._supervisor.stop("control")  # it has just sent its ControlDone
                 await self._supervisor.start("control", _ControlRequest(self, generation, control))
             case Clear():
                 await self._clear()
@@ -231,9 +241,9 @@ class VmActor:
         }
         if isinstance(event, PayloadStarted | Died):
             header["elapsed"] = now - self._started_at
-        if isinstance(event, Died | Removed):
-            self.info = replace(self.info, died=replace(event, **header))
         stamped = self._context.bus.publish(replace(event, **header))
+        if isinstance(stamped, Died):
+            self.info = replace(self.info, died=stamped)
         self._log.info(event.kind, generation=self._life.generation, seq=stamped.seq)
         return stamped
 

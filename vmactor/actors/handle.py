@@ -1,0 +1,218 @@
+"""The handle on a VM: what a client holds, and what keeps the VM alive.
+
+A handle only sends messages to the VM's actor and reads what the actor published. Whoever holds it may use it.
+When the last reference goes, or its ``async with`` block is left, the VM is killed (as in the reference).
+"""
+
+import threading
+import weakref
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+from anyio import from_thread
+from anyio.lowlevel import EventLoopToken, current_token
+
+from vmactor.actors.lifecycle import NOT_RUNNING, Resume, Start, Stop, Suspend, TrimMemory
+from vmactor.actors.vm import VmActor
+from vmactor.bus import Bus, Subscription
+from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalArgumentError, IllegalStateError
+from vmactor.messages import Died, Event, MemoryTrimLevel, VirtualMachineState, VmInfo
+from vmactor.vsock import VsockListener, VsockStream
+
+START_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 30.0
+CONTROL_SECONDS: Final = 15.0
+CONNECT_SECONDS: Final = 10.0
+
+_UP: Final = frozenset(
+    {
+        VirtualMachineState.STARTING,
+        VirtualMachineState.STARTED,
+        VirtualMachineState.READY,
+        VirtualMachineState.FINISHED,
+    }
+)
+
+
+class VirtualMachine:
+    """A VM, as its creator holds it; made by ``VirtualizationService.create_vm``.
+
+    Use it as an async context manager, or keep a reference for as long as the VM should live.
+    """
+
+    def __init__(self, actor: VmActor, bus: Bus[Event]) -> None:
+        self._actor = actor
+        self._bus = bus
+        self._drop = weakref.finalize(self, _dropped, actor, current_token(), threading.get_ident())
+        self._drop.atexit = False
+
+    def __repr__(self) -> str:
+        return repr(self._actor)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def cid(self) -> int:
+        """Context identifier."""
+        return self._actor.info.cid
+
+    @property
+    def name(self) -> str:
+        """The VM's name."""
+        return self._actor.info.name
+
+    @property
+    def info(self) -> VmInfo:
+        """Everything the actor last published; costs nothing and never waits."""
+        return self._actor.info
+
+    @property
+    def state(self) -> VirtualMachineState:
+        """The public state; never touches the VMM."""
+        return self._actor.info.state
+
+    async def start(self, *, timeout: float = START_SECONDS) -> None:
+        """Boot the VM; allowed once. Returns when the VMM runs.
+
+        Args:
+            timeout: Seconds; the VM goes on starting if they run out.
+
+        Raises:
+            IllegalStateError: It was started before, or stopped while starting.
+            StartFailedError: The VMM did not come up; the message holds the cause, the VM is dead.
+            DeadlineExceededError: Neither yet.
+        """
+        try:
+            await self._actor.mailbox.ask(Start(), timeout=timeout)
+        except ActorDiedError:
+            raise IllegalStateError("VM already started or failed") from None
+
+    async def stop(self, *, timeout: float = STOP_SECONDS) -> None:
+        """Kill the VM and wait until nothing of it is left; legal in every state, any number of times.
+
+        A VM that was never started stays as it is and can still be started.
+
+        Args:
+            timeout: Seconds; the kill goes on if they run out.
+
+        Raises:
+            DeadlineExceededError: The VMM is still there (stuck inside the kernel, most likely).
+        """
+        try:
+            await self._actor.mailbox.ask(Stop(), timeout=timeout, control=True)
+        except ActorDiedError:
+            with anyio.move_on_after(timeout):
+                await self._actor.ended.wait()
+
+    async def suspend(self, *, timeout: float = CONTROL_SECONDS) -> None:
+        """Pause the virtual CPUs; nothing happens if they are paused.
+
+        Raises:
+            IllegalStateError: The VM is not running.
+            VmmError: The VMM refused.
+            DeadlineExceededError: The VMM did not answer; whether the VM is paused is unknown.
+        """
+        await self._control(Suspend(), timeout)
+
+    async def resume(self, *, timeout: float = CONTROL_SECONDS) -> None:
+        """Let the virtual CPUs run; nothing happens if they do. Raises like ``suspend``."""
+        await self._control(Resume(), timeout)
+
+    async def on_trim_memory(self, level: MemoryTrimLevel, *, timeout: float = CONTROL_SECONDS) -> None:
+        """Make the balloon take 50, 30 or 10 % of the guest's memory (critical, low, moderate).
+
+        Nothing happens, and that is a success, where there is no balloon, the guest has no driver for it or
+        does not say how much memory it has (reference: memory trimming). Raises like ``suspend``.
+        """
+        try:
+            level = MemoryTrimLevel(level)
+        except ValueError:
+            raise IllegalArgumentError(f"Invalid memory trim level MemoryTrimLevel({level})") from None
+        await self._control(TrimMemory(level), timeout)
+
+    async def _control(self, control: Suspend | Resume | TrimMemory, timeout: float) -> None:
+        try:
+            await self._actor.mailbox.ask(control, timeout=timeout)
+        except ActorDiedError:
+            raise IllegalStateError(NOT_RUNNING) from None
+
+    async def connect_vsock(self, port: int, *, timeout: float = CONNECT_SECONDS) -> VsockStream:
+        """Connect to a port on which the guest listens.
+
+        Args:
+            port: 1024 or above.
+            timeout: Seconds for the whole attempt.
+
+        Returns:
+            A byte stream, to be closed by the caller; it ends with the VM.
+
+        Raises:
+            IllegalStateError: The VM is not running.
+            VsockError: Privileged port, no listener, or the guest is not up yet.
+            DeadlineExceededError: No answer in time.
+        """
+        if self.state not in _UP:
+            raise IllegalStateError(NOT_RUNNING)
+        return await self._actor.transport.connect(port, timeout=timeout)
+
+    def listen_vsock(self, port: int) -> VsockListener:
+        """Listen on a host port for connections of this VM only; to be closed by the caller.
+
+        Raises:
+            IllegalStateError: The VM is dead.
+            IllegalArgumentError: The port is the VM's own RPC port, taken, or no port at all.
+        """
+        if self.state is VirtualMachineState.DEAD:
+            raise IllegalStateError(NOT_RUNNING)
+        if port == self.cid:
+            raise IllegalArgumentError(f"port {port} is where this VM reports its payload's state")
+        return self._actor.transport.listen(port)
+
+    def events(self, *, capacity: int = 256) -> Subscription[Event]:
+        """What happens to this VM from now on; ends after ``died`` or ``removed``.
+
+        Subscribing to a dead VM still gives its last event.
+        """
+        cid, born = self.cid, self._actor.created_seq
+        return self._bus.subscribe(
+            lambda event: event.cid == cid and event.seq >= born,
+            capacity=capacity,
+            late=True,
+            until_end=True,
+        )
+
+    async def wait(self) -> Died | None:
+        """Wait until the VM is dead and nothing of it is left; None if it was never started."""
+        await self._actor.ended.wait()
+        return self._actor.info.died
+
+    async def aclose(self) -> None:
+        """Give the VM up: kill it if it runs, wait until nothing of it is left. Not interrupted by cancellation.
+
+        Raises:
+            DeadlineExceededError: It is still there after ``STOP_SECONDS``.
+        """
+        self._drop.detach()
+        self._actor.release()
+        with anyio.move_on_after(STOP_SECONDS, shield=True):
+            await self._actor.ended.wait()
+            return
+        raise DeadlineExceededError(f"{self!r} is still there {STOP_SECONDS:g} s after it was killed")
+
+
+def _dropped(actor: VmActor, loop: EventLoopToken, thread: int) -> None:
+    """The last reference to a handle went; the garbage collector runs this in whatever thread it likes."""
+    if threading.get_ident() == thread:
+        actor.release()
+        return
+    try:
+        from_thread.run_sync(actor.release, token=loop)
+    except RuntimeError:
+        pass  # the loop has ended, and every VM with it

@@ -1,0 +1,364 @@
+"""The service: creates VMs, knows those that live, and ends them all when it ends.
+
+One per program is enough; several, also of several processes, share CIDs and directories through the state
+directory. It is an async context manager; each VM is a child of its supervisor. A VM's failure is its own.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+import structlog
+
+from vmactor.actors.handle import VirtualMachine
+from vmactor.actors.monitor import RunSpec, Sinks
+from vmactor.actors.vm import VmActor, VmContext, info_record
+from vmactor.bus import Bus, Subscription
+from vmactor.config import RawConfig
+from vmactor.errors import (
+    IllegalArgumentError,
+    IllegalStateError,
+    ResourceExhaustedError,
+    ServiceSpecificError,
+    UnsupportedOperationError,
+    VmactorError,
+)
+from vmactor.host import HostFacts, probe
+from vmactor.messages import (
+    Died,
+    Event,
+    Gap,
+    PayloadState,
+    Removed,
+    VirtualMachineDebugInfo,
+    VirtualMachineState,
+    VmInfo,
+)
+from vmactor.platform_version import Version, VersionRequirement
+from vmactor.state_dir import StateDirectory, default_path
+from vmactor.supervisor import ChildExit, Decision, Supervisor
+from vmactor.vmm.select import Selection, select
+from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockListener, VsockTransport
+
+CONTEXT_ATTEMPTS: Final = 5
+"""How often a CID is tried for which no RPC server can be had (reference: createVm, step 2)."""
+HANGUP_SECONDS: Final = 30.0
+HANGUP_SECONDS_EMULATED: Final = 300.0
+"""How long a payload has to report its start where the guest is emulated or nested."""
+SET_GUEST_CID: Final = 0x4008AF60
+"""VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h."""
+VM_SHUTDOWN_SECONDS: Final = 30.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a VM needs on this host before it exists: a CID, a directory, a vsock with its RPC port."""
+
+    cid: int
+    directory: Path
+    transport: VsockTransport
+    listener: VsockListener
+    vhost_fd: int | None
+
+
+class VirtualizationService:
+    """Creates and owns VMs, embedded in this program.
+
+    Args:
+        vmm: ``auto``, ``qemu`` or another driver's name.
+        state_directory: Shared by all managers of this user; default ``/run/vmactor`` for root, else
+            ``$XDG_RUNTIME_DIR/vmactor``.
+        facts: What the host can do; probed if not given.
+
+    Leaving its ``async with`` block kills every VM, all at once, and waits until nothing of them is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        vmm: str = "auto",
+        state_directory: str | os.PathLike[str] | None = None,
+        facts: HostFacts | None = None,
+    ) -> None:
+        self.bus: Bus[Event] = Bus(stamp=_stamp, gap=_gap, ends=_stream_ended)
+        self._vmm = vmm
+        self._state_path = Path(state_directory) if state_directory is not None else None
+        self._facts = facts
+        self._actors: dict[int, VmActor] = {}
+        self._supervisor = Supervisor("service", self._vm_ended)
+        self._open = False
+        self._state: StateDirectory
+        self._selection: Selection
+
+    def __repr__(self) -> str:
+        return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
+
+    async def __aenter__(self) -> Self:
+        if self._facts is None:
+            self._facts = await anyio.to_thread.run_sync(probe)
+        self._selection = select(self._vmm, self._facts)
+        self._state = StateDirectory(self._state_path or default_path())
+        await self._supervisor.__aenter__()
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        self._open = False
+        for actor in self._actors.values():
+            actor.release()  # all die at the same time; the supervisor then waits for each
+        try:
+            return await self._supervisor.__aexit__(kind, value, trace)
+        finally:
+            self._state.close()
+
+    @property
+    def selection(self) -> Selection:
+        """Which VMM and vsock transport new VMs get, and why."""
+        return self._selection
+
+    async def create_vm(
+        self,
+        config: RawConfig,
+        *,
+        console: int | None = None,
+        log: int | None = None,
+        ramdump: int | None = None,
+        hangup_detection: bool = False,
+        hangup_timeout: float | None = None,
+    ) -> VirtualMachine:
+        """Create a VM; it does not run yet.
+
+        Args:
+            config: What to run. Its descriptors are duplicated; the caller's stay the caller's.
+            console: Descriptor that the guest's console is copied to (up to 64 MiB), duplicated as well.
+            log: The same for the guest's log (hvc2).
+            ramdump: The same for a crash dump (hvc1, up to 4 GiB).
+            hangup_detection: Kill the VM if its payload does not report its start in time.
+            hangup_timeout: Seconds for that; default 30, or 300 where the guest is emulated or nested.
+
+        Returns:
+            The handle that keeps the VM alive.
+
+        Raises:
+            IllegalArgumentError: The configuration can never work, or needs another platform version.
+            UnsupportedOperationError: The VMM cannot do what the configuration asks for.
+            ResourceExhaustedError: No CID, descriptor or space.
+            ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
+            IllegalStateError: The service is not open.
+        """
+        if not self._open:
+            raise IllegalStateError("the service is closed: use it inside its 'async with' block")
+        driver = self._selection.driver
+        self._check(config)
+        if hangup_timeout is not None and not hangup_timeout > 0:
+            raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
+        timeout = hangup_timeout or (HANGUP_SECONDS_EMULATED if driver.emulated else HANGUP_SECONDS)
+        with ExitStack() as owned:
+            own = config.duplicate()
+            owned.callback(own.close)
+            sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
+            place = await self._find_place(owned)
+            helper = None if place.vhost_fd is not None else self._helper()
+            spec = RunSpec(
+                config.name, place.cid, own, driver, place.directory, sinks, place.vhost_fd, helper
+            )
+            info = VmInfo(
+                cid=place.cid,
+                name=config.name,
+                generation=0,
+                state=VirtualMachineState.NOT_STARTED,
+                payload=PayloadState.STARTING,
+                driver=driver.name,
+                suspended=False,
+                pid=None,
+                protected=config.protected_vm,
+                directory=str(place.directory),
+                requester_uid=os.getuid(),
+                requester_pid=os.getpid(),
+                created=datetime.now(UTC),
+            )
+            return await self._start_actor(spec, info, place, timeout if hangup_detection else None, owned)
+
+    async def _start_actor(
+        self, spec: RunSpec, info: VmInfo, place: _Place, hangup_timeout: float | None, owned: ExitStack
+    ) -> VirtualMachine:
+        resources = owned.pop_all()
+        actor: VmActor
+
+        def give_back() -> None:
+            self._actors.pop(place.cid, None)
+            resources.close()
+
+        context = VmContext(
+            bus=self.bus,
+            transport=place.transport,
+            listener=place.listener,
+            record=self._record,
+            clear=lambda: self._state.remove_vm_directory(place.cid),
+            give_back=give_back,
+        )
+        actor = VmActor(spec, info, context, hangup_timeout)
+        self._actors[place.cid] = actor
+        await self._supervisor.start(
+            f"vm-{place.cid}", actor.run, ask_to_stop=actor.release, shutdown=VM_SHUTDOWN_SECONDS
+        )
+        return VirtualMachine(actor, self.bus)
+
+    def _check(self, config: RawConfig) -> None:
+        driver = self._selection.driver
+        config.validate()
+        requirement = VersionRequirement.parse(config.platform_version)
+        if not requirement.matches(Version.parse(driver.platform_version)):
+            raise ServiceSpecificError(
+                "Incompatible platform version. The config is compatible with platform version(s) "
+                f"{requirement}, but the actual platform version is {driver.platform_version}"
+            )
+        driver.validate(config)
+
+    def _helper(self) -> Path:
+        assert self._facts is not None  # noqa: S101 - set on entry
+        helper = self._facts.vhost_device_vsock.path
+        if helper is None:
+            raise UnsupportedOperationError(f"no vhost-device-vsock: {self._facts.vhost_device_vsock.advice}")
+        return helper
+
+    async def _find_place(self, owned: ExitStack) -> _Place:
+        failure: Exception | None = None
+        for _ in range(CONTEXT_ATTEMPTS):
+            with ExitStack() as attempt:
+                cid = await self._state.cids.claim()
+                attempt.callback(self._state.cids.release, cid)
+                directory = self._state.make_vm_directory(cid)
+                attempt.callback(self._state.remove_vm_directory, cid)
+                try:
+                    place = self._listen(cid, directory, attempt)
+                except (VmactorError, OSError) as error:
+                    failure = error
+                    log.warning("no RPC server for a CID", cid=cid, error=str(error))
+                    continue
+                owned.push(attempt.pop_all())
+                return place
+        raise ServiceSpecificError(f"Too many attempts to create VM context failed: {failure}") from failure
+
+    def _listen(self, cid: int, directory: Path, attempt: ExitStack) -> _Place:
+        if self._selection.vsock == "kernel":
+            vhost_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
+            attempt.callback(os.close, vhost_fd)
+            # The kernel refuses a CID that any other VM on the host has; ours is claimed from here on.
+            fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))
+            kernel = KernelVsockTransport(cid)
+            return _Place(cid, directory, kernel, kernel.listen(cid), vhost_fd)
+        hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
+        return _Place(cid, directory, hybrid, hybrid.listen(cid), None)
+
+    def _helper_pid(self, cid: int) -> int | None:
+        actor = self._actors.get(cid)
+        return actor.helper_pid if actor is not None else None
+
+    def _record(self, info: VmInfo) -> None:
+        record = info_record(info) | {"vsock": self._selection.vsock}
+        try:
+            self._state.write_record(info.cid, record)
+        except OSError as error:
+            # The VM lives on; other processes see it as it was.
+            log.error("cannot write a VM's record", cid=info.cid, error=str(error))
+
+    def _vm_ended(self, child: ChildExit) -> Decision:
+        if child.error is not None:
+            log.error("a VM actor failed; its VM was ended", child=child.name, exc_info=child.error)
+        return Decision.IGNORE
+
+    # -- Looking -----------------------------------------------------------------------------------
+
+    def subscribe(
+        self,
+        wants: Callable[[Event], bool] = lambda _event: True,
+        *,
+        capacity: int = 1024,
+        late: bool = False,
+    ) -> Subscription[Event]:
+        """Events of all VMs; see ``Bus.subscribe``."""
+        return self.bus.subscribe(wants, capacity=capacity, late=late)
+
+    def list_vms(self) -> list[VmInfo]:
+        """The VMs of this service that live, by CID; reads what their actors published and nothing else."""
+        return [self._actors[cid].info for cid in sorted(self._actors)]
+
+    def debug_list_vms(self) -> list[VirtualMachineDebugInfo]:
+        """The reference's debug records of the same VMs."""
+        return [
+            VirtualMachineDebugInfo(info.cid, info.directory, info.requester_uid, info.requester_pid)
+            for info in self.list_vms()
+        ]
+
+    def dump(self) -> str:
+        """The reference's textual dump of the same VMs (its section "dump and debugListVms")."""
+        infos = self.list_vms()
+        lines = [f"Running {len(infos)} VMs:"]
+        for info in infos:
+            lines += [
+                f"VM CID: {info.cid}",
+                f"\tState: {self._actors[info.cid]!r}",
+                f"\tPayload state {info.payload.name.capitalize()}",
+                f"\tProtected: {str(info.protected).lower()}",
+                f"\ttemporary_directory: {info.directory}",
+                f"\trequester_uid: {info.requester_uid}",
+                f"\trequester_debug_pid: {info.requester_pid}",
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def _stamp(event: Event, seq: int) -> Event:
+    return replace(event, seq=seq)
+
+
+def _gap(last: Event, missed: int) -> Gap:
+    return Gap(
+        missed=missed,
+        seq=last.seq,
+        cid=last.cid,
+        generation=last.generation,
+        name=last.name,
+        driver=last.driver,
+        time=last.time,
+        monotonic=last.monotonic,
+    )
+
+
+def _stream_ended(event: Event) -> tuple[int, int] | None:
+    return (event.cid, event.generation) if isinstance(event, Died | Removed) else None
+
+
+def _named_sinks(
+    console: int | None, guest_log: int | None, ramdump: int | None
+) -> tuple[tuple[int | None, str], ...]:
+    return (console, "console"), (guest_log, "log"), (ramdump, "ramdump")
+
+
+def _duplicate(fd: int | None, what: str, owned: ExitStack) -> int | None:
+    if fd is None:
+        return None
+    try:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise IllegalArgumentError(f"the {what} descriptor is not open for writing")
+        copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise IllegalArgumentError(f"the {what} descriptor is not open") from error
+        raise ResourceExhaustedError(f"no descriptor for the {what}: {error}; raise 'ulimit -n'") from error
+    owned.callback(os.close, copy)
+    return copy
