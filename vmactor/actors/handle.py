@@ -1,13 +1,14 @@
 """The handle on a VM: what a client holds, and what keeps the VM alive.
 
-A handle only sends messages to the VM's actor and reads what the actor published. Whoever holds it may use it.
-When the last reference goes, or its ``async with`` block is left, the VM is killed (as in the reference).
+A handle only sends messages to the VM's actor and reads what the actor published. Whoever holds it may use
+it. When the last reference goes, or its ``async with`` block is left, the VM is killed (as in the reference).
 """
 
 import threading
 import weakref
+from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import anyio
 from anyio import from_thread
@@ -17,7 +18,7 @@ from vmactor.actors.lifecycle import NOT_RUNNING, Resume, Start, Stop, Suspend, 
 from vmactor.actors.vm import VmActor
 from vmactor.bus import Bus, Subscription
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalArgumentError, IllegalStateError
-from vmactor.messages import Died, Event, MemoryTrimLevel, VirtualMachineState, VmInfo
+from vmactor.messages import Died, Event, MemoryTrimLevel, VirtualMachineState, VmInfo, VsockMessage
 from vmactor.vsock import VsockListener, VsockStream
 
 START_SECONDS: Final = 60.0
@@ -188,13 +189,25 @@ class VirtualMachine:
             until_end=True,
         )
 
+    def publish_message(
+        self, direction: Literal["guest_to_host", "host_to_guest"], port: int, text: str
+    ) -> None:
+        """Let subscribers know of a line that this program and the guest exchanged over vsock.
+
+        Raises:
+            IllegalStateError: The VM is dead; nothing comes after ``died``.
+        """
+        if self.state is VirtualMachineState.DEAD:
+            raise IllegalStateError(NOT_RUNNING)
+        self._actor.publish(VsockMessage(direction=direction, port=port, text=text))
+
     async def wait(self) -> Died | None:
         """Wait until the VM is dead and nothing of it is left; None if it was never started."""
         await self._actor.ended.wait()
         return self._actor.info.died
 
     async def aclose(self) -> None:
-        """Give the VM up: kill it if it runs, wait until nothing of it is left. Not interrupted by cancellation.
+        """Give the VM up: kill it if it runs, and wait until nothing of it is left, even when cancelled.
 
         Raises:
             DeadlineExceededError: It is still there after ``STOP_SECONDS``.
@@ -212,7 +225,5 @@ def _dropped(actor: VmActor, loop: EventLoopToken, thread: int) -> None:
     if threading.get_ident() == thread:
         actor.release()
         return
-    try:
+    with suppress(RuntimeError):  # the loop has ended, and every VM with it
         from_thread.run_sync(actor.release, token=loop)
-    except RuntimeError:
-        pass  # the loop has ended, and every VM with it

@@ -1,8 +1,8 @@
 """One run of a VM: its helper, its VMM and its channels, from the spawn to the last byte read.
 
-Owned by the VM's supervisor as one child. It tells the VM's actor what happens and decides nothing, except that
-a VMM whose vsock helper died, or that never said it runs, is killed. However it ends, no process, descriptor
-or socket of the run is left.
+Owned by the VM's supervisor as one child. It tells the VM's actor what happens and decides nothing, except
+that a VMM whose vsock helper died, or that never said it runs, is killed. However it ends, no process,
+descriptor or socket of the run is left.
 """
 
 import os
@@ -23,7 +23,16 @@ from vmactor.errors import DeadlineExceededError, ResourceExhaustedError, Vmacto
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN
 from vmactor.vhost_device_vsock import VhostDeviceVsock
-from vmactor.vmm.driver import Channels, KernelVsock, Launch, VhostUserVsock, Vmm, VmmDriver, VmmExit, VsockDevice
+from vmactor.vmm.driver import (
+    Channels,
+    KernelVsock,
+    Launch,
+    VhostUserVsock,
+    Vmm,
+    VmmDriver,
+    VmmExit,
+    VsockDevice,
+)
 
 MIB: Final = 1 << 20
 CONSOLE_CAP: Final = 64 * MIB
@@ -216,7 +225,9 @@ class Run:
             await vmm.wait()
             return
         detail = f"the VM's vsock helper ended ({status}); the VM was killed, since nobody could reach it"
-        log.error("vsock helper ended before its VM", vm=self._spec.name, cid=self._spec.cid, status=str(status))
+        log.error(
+            "vsock helper ended before its VM", vm=self._spec.name, cid=self._spec.cid, status=str(status)
+        )
         self._failure = VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)
         vmm.kill()
 

@@ -1,10 +1,11 @@
 """The VM actor: owns one VM's state, feeds messages to ``lifecycle.transition`` and performs what it answers.
 
-One task runs ``VmActor.run``. Under the VM's own supervisor live the guest's RPC server, the run (helper, VMM,
-channels), the hang-up watch and the control request under way. All of them only send messages here.
+One task runs ``VmActor.run``. Under the VM's own supervisor live the guest's RPC server, the run (helper,
+VMM, channels), the hang-up watch and the control request under way. All of them only send messages here.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -132,16 +133,14 @@ class VmActor:
 
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""
-        try:
+        with suppress(ActorDiedError):
             self.mailbox.control(Release())
-        except ActorDiedError:
-            pass
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """The actor's task: from ``created`` to the last trace of the VM."""
         try:
             async with self._supervisor:
-                self.created_seq = self._publish(Created()).seq
+                self.created_seq = self.publish(Created()).seq
                 self._context.record(self.info)
                 task_status.started()
                 while not self.ended.is_set():
@@ -179,7 +178,9 @@ class VmActor:
                     self.run_under_way.kill()
             case ArmHangup(generation):
                 await self._supervisor.stop("hangup")
-                await self._supervisor.start("hangup", _Timer(self._life.hangup_timeout, self._post, generation))
+                await self._supervisor.start(
+                    "hangup", _Timer(self._life.hangup_timeout, self._post, generation)
+                )
             case DisarmHangup():
                 await self._supervisor.stop("hangup")
             case RunControl(generation, control):
@@ -188,7 +189,7 @@ class VmActor:
             case Clear():
                 await self._clear()
             case Publish(event):
-                self._publish(event)
+                self.publish(event)
             case Answer(reply):
                 self.mailbox.answer(reply)  # type: ignore[arg-type]
             case Refuse(reply, error):
@@ -229,7 +230,8 @@ class VmActor:
 
     # -- Telling the world ------------------------------------------------------------------------
 
-    def _publish(self, event: Event) -> Event:
+    def publish(self, event: Event) -> Event:
+        """Put an event of this VM on the bus, with who and when filled in; returns it as published."""
         now = anyio.current_time()
         header: dict[str, Any] = {
             "cid": self._spec.cid,

@@ -1,0 +1,467 @@
+"""The transition table, without any I/O: every message in every phase, and properties over random lives."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmactor.actors.lifecycle import (
+    MAX_CONTROLS,
+    Action,
+    Answer,
+    ArmHangup,
+    Clear,
+    ControlDone,
+    Finish,
+    GuestReported,
+    HangupExpired,
+    KillRun,
+    Life,
+    Message,
+    Phase,
+    Publish,
+    Refuse,
+    Release,
+    Resume,
+    RunControl,
+    RunEnded,
+    SpawnRun,
+    Start,
+    Stop,
+    Suspend,
+    TrimMemory,
+    VmmGone,
+    VmmRunning,
+    VmmSpawned,
+    transition,
+)
+from vmactor.errors import (
+    IllegalStateError,
+    InvalidPayloadTransitionError,
+    MailboxFullError,
+    StartFailedError,
+    VmmError,
+)
+from vmactor.mailbox import Request
+from vmactor.messages import (
+    DeathReason,
+    Died,
+    ErrorCode,
+    HungUp,
+    MemoryTrimLevel,
+    NotifyError,
+    NotifyPayloadFinished,
+    NotifyPayloadReady,
+    NotifyPayloadStarted,
+    PayloadState,
+    Removed,
+    Started,
+    VirtualMachineState,
+)
+
+STARTED = GuestReported(1, NotifyPayloadStarted())
+READY = GuestReported(1, NotifyPayloadReady())
+FINISHED = GuestReported(1, NotifyPayloadFinished(3))
+FAILED = GuestReported(1, NotifyError(ErrorCode.PAYLOAD_CHANGED, "changed"))
+ENDED = RunEnded(1, DeathReason.SHUTDOWN, exit_code=0)
+
+FRESH = Life(hangup_timeout=30.0)
+STARTING = replace(FRESH, phase=Phase.STARTING, generation=1, starter="start")
+RUNNING = replace(FRESH, phase=Phase.RUNNING, generation=1, pid=7)
+DYING = replace(FRESH, phase=Phase.DYING, generation=1)
+DEAD = replace(FRESH, phase=Phase.DEAD, generation=1)
+PHASES = {"not started": FRESH, "starting": STARTING, "running": RUNNING, "dying": DYING, "dead": DEAD}
+
+
+def kinds(actions: list[Action]) -> list[str]:
+    """Actions by name; events by their kind, refusals by their error."""
+    names = []
+    for action in actions:
+        match action:
+            case Publish(event):
+                names.append(event.kind)
+            case Refuse(_, error):
+                names.append(type(error).__name__)
+            case _:
+                names.append(type(action).__name__)
+    return names
+
+
+TABLE: dict[tuple[str, str], list[str]] = {
+    ("not started", "Start"): ["SpawnRun", "ArmHangup"],
+    ("starting", "Start"): ["IllegalStateError"],
+    ("running", "Start"): ["IllegalStateError"],
+    ("dying", "Start"): ["IllegalStateError"],
+    ("dead", "Start"): ["IllegalStateError"],
+    ("not started", "Stop"): ["Answer"],
+    ("starting", "Stop"): ["KillRun"],
+    ("running", "Stop"): ["KillRun"],
+    ("dying", "Stop"): [],
+    ("dead", "Stop"): ["Answer"],
+    ("not started", "Release"): ["Clear", "removed", "Answer", "Finish"],
+    ("starting", "Release"): ["KillRun"],
+    ("running", "Release"): ["KillRun"],
+    ("dying", "Release"): [],
+    ("dead", "Release"): ["Answer"],
+    ("not started", "Suspend"): ["IllegalStateError"],
+    ("starting", "Suspend"): ["IllegalStateError"],
+    ("running", "Suspend"): ["RunControl"],
+    ("dying", "Suspend"): ["IllegalStateError"],
+    ("dead", "Suspend"): ["IllegalStateError"],
+    ("not started", "Resume"): ["IllegalStateError"],
+    ("starting", "Resume"): ["IllegalStateError"],
+    ("running", "Resume"): ["RunControl"],
+    ("dying", "Resume"): ["IllegalStateError"],
+    ("dead", "Resume"): ["IllegalStateError"],
+    ("not started", "GuestReported"): ["IllegalStateError"],
+    ("starting", "GuestReported"): ["started", "Answer", "DisarmHangup", "payload_started", "Answer"],
+    ("running", "GuestReported"): ["DisarmHangup", "payload_started", "Answer"],
+    ("dying", "GuestReported"): ["IllegalStateError"],
+    ("dead", "GuestReported"): ["IllegalStateError"],
+    ("not started", "VmmRunning"): [],
+    ("starting", "VmmRunning"): ["started", "Answer"],
+    ("running", "VmmRunning"): [],
+    ("dying", "VmmRunning"): [],
+    ("dead", "VmmRunning"): [],
+    ("not started", "VmmGone"): [],
+    ("starting", "VmmGone"): ["DisarmHangup"],
+    ("running", "VmmGone"): ["DisarmHangup"],
+    ("dying", "VmmGone"): [],
+    ("dead", "VmmGone"): [],
+    ("not started", "RunEnded"): [],
+    ("starting", "RunEnded"): ["DisarmHangup", "Clear", "died", "StartFailedError", "Finish"],
+    ("running", "RunEnded"): ["DisarmHangup", "Clear", "died", "Finish"],
+    ("dying", "RunEnded"): ["DisarmHangup", "Clear", "died", "Finish"],
+    ("dead", "RunEnded"): [],
+    ("not started", "HangupExpired"): [],
+    ("starting", "HangupExpired"): ["hung_up", "KillRun"],
+    ("running", "HangupExpired"): ["hung_up", "KillRun"],
+    ("dying", "HangupExpired"): [],
+    ("dead", "HangupExpired"): [],
+}
+MESSAGES: dict[str, Message] = {
+    "Start": Start(),
+    "Stop": Stop(),
+    "Release": Release(),
+    "Suspend": Suspend(),
+    "Resume": Resume(),
+    "GuestReported": STARTED,
+    "VmmRunning": VmmRunning(1),
+    "VmmGone": VmmGone(1),
+    "RunEnded": ENDED,
+    "HangupExpired": HangupExpired(1),
+}
+
+
+def test_the_table_is_complete() -> None:
+    assert set(TABLE) == {(phase, message) for phase in PHASES for message in MESSAGES}
+
+
+@pytest.mark.parametrize(("phase", "message"), TABLE, ids=lambda value: value)
+def test_what_a_message_does_in_a_phase(phase: str, message: str) -> None:
+    before = PHASES[phase]
+    after, actions = transition(before, MESSAGES[message], "reply")
+    assert kinds(actions) == TABLE[phase, message]
+    if not actions and message not in ("Stop", "Release"):
+        assert replace(after, stale=0) == before
+
+
+def play(*steps: Message | tuple[Message, str], life: Life = FRESH) -> tuple[Life, list[Action]]:
+    """Feed messages one after the other; returns the last state and all actions."""
+    done: list[Action] = []
+    for step in steps:
+        message, reply = step if isinstance(step, tuple) else (step, None)
+        life, actions = transition(life, message, reply)
+        done += actions
+    return life, done
+
+
+def test_a_whole_good_life_in_its_order() -> None:
+    life, actions = play(
+        (Start(), "s"),
+        VmmSpawned(1, 7),
+        VmmRunning(1),
+        (STARTED, "a"),
+        (READY, "b"),
+        (FINISHED, "c"),
+        VmmGone(1),
+        ENDED,
+    )
+    assert kinds(actions) == [
+        "SpawnRun", "ArmHangup", "started", "Answer", "DisarmHangup", "payload_started", "Answer",
+        "payload_ready", "Answer", "payload_finished", "Answer", "DisarmHangup", "DisarmHangup", "Clear",
+        "died", "Finish",
+    ]  # fmt: skip
+    assert life.phase is Phase.DEAD
+    assert life.public_state is VirtualMachineState.DEAD
+
+
+@pytest.mark.parametrize(
+    ("payload", "public"),
+    [
+        (PayloadState.STARTING, 1),
+        (PayloadState.STARTED, 2),
+        (PayloadState.READY, 3),
+        (PayloadState.FINISHED, 4),
+        (PayloadState.HANGUP, 6),
+    ],
+)
+def test_the_public_state_of_a_running_vm_is_that_of_its_payload(payload: PayloadState, public: int) -> None:
+    assert replace(RUNNING, payload=payload).public_state == public
+
+
+@pytest.mark.parametrize("payload", list(PayloadState))
+@pytest.mark.parametrize(("phase", "public"), [(FRESH, 0), (DYING, 6), (DEAD, 6)])
+def test_the_public_state_of_any_other_vm_is_not_its_payloads(
+    payload: PayloadState, phase: Life, public: int
+) -> None:
+    assert replace(phase, payload=payload).public_state == public
+
+
+REPORTS = {PayloadState.STARTED: STARTED, PayloadState.READY: READY, PayloadState.FINISHED: FINISHED}
+
+
+@pytest.mark.parametrize("old", list(PayloadState))
+@pytest.mark.parametrize("new", list(REPORTS))
+def test_payload_states_only_move_forward_and_may_be_skipped(old: PayloadState, new: PayloadState) -> None:
+    life, actions = transition(replace(RUNNING, payload=old), REPORTS[new], "r")
+    if new > old:
+        assert life.payload is new
+        assert actions[-1] == Answer("r")
+    else:
+        assert life.payload is old
+        (refusal,) = actions
+        assert isinstance(refusal, Refuse)
+        assert isinstance(refusal.error, InvalidPayloadTransitionError)
+        assert str(refusal.error) == (
+            f"Invalid payload state transition from {old.name.capitalize()} to {new.name.capitalize()}"
+        )
+
+
+def test_an_error_report_finishes_the_payload_so_a_later_finish_is_refused() -> None:
+    life, actions = play(FAILED, (FINISHED, "late"), life=RUNNING)
+    assert life.public_state is VirtualMachineState.FINISHED
+    assert kinds(actions) == ["DisarmHangup", "error", "Answer", "InvalidPayloadTransitionError"]
+
+
+def test_a_report_is_answered_only_after_its_event() -> None:
+    _, actions = transition(RUNNING, READY, "r")
+    assert kinds(actions) == ["DisarmHangup", "payload_ready", "Answer"]
+
+
+FAILURES = [reason.name for reason in DeathReason if 7 <= reason <= 16]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_text_names_the_reason_whatever_the_exit_status(name: str) -> None:
+    _, actions = transition(DYING, replace(ENDED, failure=f"{name}|because of that"))
+    assert _died(actions).reason is DeathReason[name]
+    assert _died(actions).failure == f"{name}|because of that"
+
+
+@pytest.mark.parametrize(
+    "text", ["HANGUP\n", " HANGUP", "hangup", "KILLED", "SHUTDOWN", "WATCHDOG_REBOOT", "x|HANGUP", ""]
+)
+def test_a_text_that_is_not_exactly_a_failure_name_leaves_the_exit_status_in_charge(text: str) -> None:
+    _, actions = transition(DYING, replace(ENDED, failure=text))
+    assert _died(actions).reason is DeathReason.SHUTDOWN
+
+
+def test_a_hung_up_vm_died_of_that_unless_the_guest_had_written_anything() -> None:
+    hung = replace(DYING, payload=PayloadState.HANGUP)
+    killed = RunEnded(1, DeathReason.KILLED, signal=9)
+    assert _died(transition(hung, killed)[1]).reason is DeathReason.HANGUP
+    assert _died(transition(hung, replace(killed, failure="oh"))[1]).reason is DeathReason.KILLED
+    assert (
+        _died(transition(hung, replace(killed, failure="MICRODROID_PAYLOAD_HAS_CHANGED"))[1]).reason
+        is DeathReason.MICRODROID_PAYLOAD_HAS_CHANGED
+    )
+
+
+def _died(actions: list[Action]) -> Died:
+    (died,) = [a.event for a in actions if isinstance(a, Publish) and isinstance(a.event, Died)]
+    return died
+
+
+def test_hang_up_detection_is_only_armed_where_it_is_on() -> None:
+    assert kinds(transition(Life(), Start())[1]) == ["SpawnRun"]
+    assert transition(FRESH, Start())[1] == [SpawnRun(1), ArmHangup(1)]
+
+
+def test_a_payload_that_reported_does_not_hang_up() -> None:
+    life, actions = transition(replace(RUNNING, payload=PayloadState.STARTED), HangupExpired(1))
+    assert life.payload is PayloadState.STARTED
+    assert actions == []
+
+
+def test_a_suspended_vm_gets_its_whole_time_again() -> None:
+    life, actions = transition(replace(RUNNING, suspended=True), HangupExpired(1))
+    assert actions == [ArmHangup(1)]
+    assert life.payload is PayloadState.STARTING
+
+
+def test_the_hang_up_is_told_with_its_timeout_and_the_vm_is_killed() -> None:
+    life, actions = transition(RUNNING, HangupExpired(1))
+    assert actions == [Publish(HungUp(timeout=30.0)), KillRun()]
+    assert life.public_state is VirtualMachineState.DEAD
+
+
+def test_a_stop_while_starting_refuses_the_start_and_answers_the_stop_when_all_is_over() -> None:
+    life, first = play((Start(), "start"), (Stop(), "stop"), VmmSpawned(1, 7))
+    assert kinds(first) == ["SpawnRun", "ArmHangup", "KillRun", "KillRun"]
+    assert life.public_state is VirtualMachineState.STARTING
+    _, rest = play(VmmGone(1), RunEnded(1, DeathReason.KILLED, signal=9), life=life)
+    assert kinds(rest) == [
+        "DisarmHangup",
+        "DisarmHangup",
+        "Clear",
+        "died",
+        "IllegalStateError",
+        "Answer",
+        "Finish",
+    ]
+    assert Answer("stop") in rest
+
+
+def test_every_stopper_is_answered_after_died() -> None:
+    _, actions = play((Stop(), "a"), (Stop(), "b"), VmmGone(1), (Stop(), "c"), ENDED, life=RUNNING)
+    died = next(i for i, a in enumerate(actions) if isinstance(a, Publish) and isinstance(a.event, Died))
+    assert actions[died + 1 :] == [Answer("a"), Answer("b"), Answer("c"), Finish()]
+
+
+def test_a_failed_start_tells_its_cause() -> None:
+    _, actions = transition(
+        STARTING, RunEnded(1, DeathReason.START_FAILED, exit_code=1, detail="no such kernel")
+    )
+    (refusal,) = [a for a in actions if isinstance(a, Refuse)]
+    assert isinstance(refusal.error, StartFailedError)
+    assert str(refusal.error) == "no such kernel"
+
+
+def test_giving_back_a_vm_that_never_ran_removes_it_without_a_death() -> None:
+    _, actions = transition(FRESH, Release(), "r")
+    assert actions == [Clear(), Publish(Removed()), Answer("r"), Finish()]
+
+
+def test_control_requests_are_carried_out_one_at_a_time_in_order() -> None:
+    trim = TrimMemory(MemoryTrimLevel.TRIM_MEMORY_RUNNING_LOW)
+    life, actions = play((Suspend(), "a"), (trim, "b"), (Resume(), "c"), life=RUNNING)
+    assert actions == [RunControl(1, Suspend())]
+    life, actions = play(ControlDone(1, None), life=life)
+    assert kinds(actions) == ["suspended", "Answer", "RunControl"]
+    assert life.suspended
+    refused = VmmError("no")
+    life, actions = play(ControlDone(1, refused), life=life)
+    assert actions == [Refuse("b", refused), RunControl(1, Resume())]
+    life, actions = play(ControlDone(1, None), life=life)
+    assert kinds(actions) == ["resumed", "Answer"]
+    assert not life.suspended
+
+
+def test_suspending_twice_is_one_event() -> None:
+    _, actions = play(
+        (Suspend(), "a"), ControlDone(1, None), (Suspend(), "b"), ControlDone(1, None), life=RUNNING
+    )
+    assert kinds(actions).count("suspended") == 1
+    assert Answer("b") in actions
+
+
+def test_waiting_control_requests_are_bounded() -> None:
+    life = RUNNING
+    for number in range(MAX_CONTROLS):
+        life, _ = transition(life, Suspend(), number)
+    _, (refusal,) = transition(life, Suspend(), "one too many")
+    assert isinstance(refusal, Refuse)
+    assert isinstance(refusal.error, MailboxFullError)
+
+
+def test_a_death_refuses_the_control_requests_that_wait() -> None:
+    _, actions = play(
+        (Suspend(), "a"), (Resume(), "b"), VmmGone(1), ENDED, ControlDone(1, None), life=RUNNING
+    )
+    refused = {a.reply for a in actions if isinstance(a, Refuse) and isinstance(a.error, IllegalStateError)}
+    assert refused == {"a", "b"}
+
+
+STALE: list[Message] = [
+    GuestReported(1, NotifyPayloadStarted()),
+    VmmSpawned(1, 5),
+    VmmRunning(1),
+    VmmGone(1),
+    RunEnded(1, DeathReason.CRASH),
+    HangupExpired(1),
+    ControlDone(1, None),
+]
+
+
+@pytest.mark.parametrize("message", STALE, ids=lambda m: type(m).__name__)
+def test_what_an_earlier_run_sends_is_ignored_and_counted(message: Message) -> None:
+    second = replace(RUNNING, generation=2)
+    life, actions = transition(second, message, "r")
+    assert life == replace(second, stale=1)
+    assert kinds(actions) == (["IllegalStateError"] if isinstance(message, GuestReported) else [])
+
+
+def test_a_report_of_a_guest_proves_that_its_vmm_runs() -> None:
+    life, actions = transition(replace(STARTING, pid=7), STARTED, "r")
+    assert actions[:2] == [Publish(Started(pid=7)), Answer("start")]
+    assert life.phase is Phase.RUNNING
+
+
+GENERATIONS = st.sampled_from([0, 1, 1, 1, 2])
+ANYTHING: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from([Start(), Stop(), Release(), Suspend(), Resume()]),
+    st.builds(VmmSpawned, GENERATIONS, st.just(7)),
+    st.builds(VmmRunning, GENERATIONS),
+    st.builds(VmmGone, GENERATIONS),
+    st.builds(
+        RunEnded,
+        GENERATIONS,
+        st.sampled_from(list(DeathReason)),
+        failure=st.sampled_from(["", "HANGUP", "x"]),
+    ),
+    st.builds(HangupExpired, GENERATIONS),
+    st.builds(ControlDone, GENERATIONS, st.none() | st.just(VmmError("no"))),
+    st.builds(
+        GuestReported,
+        GENERATIONS,
+        st.sampled_from(
+            [NotifyPayloadStarted(), NotifyPayloadReady(), NotifyPayloadFinished(0), FAILED.report]
+        ),
+    ),
+)
+
+
+@given(st.lists(ANYTHING, max_size=40), st.none() | st.just(30.0))
+def test_no_order_of_messages_breaks_the_rules(messages: list[Message], hangup: float | None) -> None:
+    life = Life(hangup)
+    history: list[Action] = []
+    open_asks: set[int] = set()
+    for number, message in enumerate(messages):
+        before = life
+        if isinstance(message, Request):
+            open_asks.add(number)
+        life, actions = transition(life, message, number)
+        assert life.payload >= before.payload
+        assert life.generation - before.generation in (0, 1)
+        for action in actions:
+            if isinstance(action, Answer | Refuse) and action.reply is not None:
+                assert action.reply in open_asks, "answered twice, or never asked"
+                open_asks.remove(action.reply)  # type: ignore[arg-type]
+        history += actions
+    names = kinds(history)
+    assert names.count("died") + names.count("removed") <= 1
+    assert names.count("Finish") == names.count("died") + names.count("removed")
+    events = [a.event for a in history if isinstance(a, Publish)]
+    if any(isinstance(event, Died | Removed) for event in events):
+        assert isinstance(events[-1], Died | Removed), "died is last"
+        assert not open_asks, "whoever asked was answered before the end"
+        assert life.phase is Phase.DEAD
+    payload_events = [e.kind for e in events if e.kind.startswith("payload")]
+    assert payload_events == sorted(
+        set(payload_events), key=["payload_started", "payload_ready", "payload_finished"].index
+    )
+    if "payload_started" in names:
+        assert names.index("started") < names.index("payload_started")
