@@ -16,6 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import IO, Final
 
+if sys.version_info < (3, 11):  # noqa: UP036  (whoever runs this with an older one should be told)
+    sys.exit("setup: Python 3.11 or newer is needed; try `make PYTHON=python3.11 setup`")
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 BUILD: Final = ROOT / "build"
 LOG: Final = BUILD / "setup.log"
@@ -258,7 +261,8 @@ def main() -> int:
             except SetupError as error:
                 log.flush()
                 tail = LOG.read_text(errors="replace").splitlines()[-25:]
-                print(*(f"  | {line}" for line in tail), sep="\n", file=sys.stderr)
+                for line in tail:
+                    print(f"  | {line}", file=sys.stderr)
                 print(f"setup: {error}\nsetup: the whole log is {LOG.relative_to(ROOT)}", file=sys.stderr)
                 return 1
     say("ready")
@@ -266,6 +270,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):  # noqa: UP036  (whoever runs this with an older one should be told)
-        sys.exit("setup: Python 3.11 or newer is needed; try `make PYTHON=python3.11 setup`")
     sys.exit(main())
