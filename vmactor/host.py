@@ -267,8 +267,8 @@ def _qboot(root: Path, arch: str, qemu: Program) -> Finding:
 
 def _helper(environ: Mapping[str, str], path: str, checkouts: Iterable[Path], timeout: float) -> Program:
     advice = (
-        "run 'make setup' in the source checkout, put vhost-device-vsock (Debian sid or cargo) in PATH, or name "
-        "it in VMACTOR_VHOST_DEVICE_VSOCK; hosts with /dev/vhost-vsock do not need it"
+        "run 'make setup' in the source checkout, put vhost-device-vsock (Debian sid or cargo) in PATH, or "
+        "name it in VMACTOR_VHOST_DEVICE_VSOCK; hosts with /dev/vhost-vsock do not need it"
     )
     if named := environ.get("VMACTOR_VHOST_DEVICE_VSOCK"):
         if shutil.which(named, path="") is None:
