@@ -41,8 +41,6 @@ RAMDUMP_CAP: Final = 4096 * MIB
 CONSOLE_TAIL: Final = 16 * 1024
 FAILURE_CAP: Final = 4 * 1024
 STDERR_TAIL: Final = 4 * 1024
-DRAIN_SECONDS: Final = 2.0
-"""How long the channels of a dead VMM are read if something still holds them open."""
 HELPER_GRACE: Final = 0.5
 """A VMM that ends within this time of its helper ended by itself."""
 
@@ -112,44 +110,34 @@ class Run:
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """The supervisor's child; always reports ``RunEnded`` last."""
         task_status.started()
-        pipes: _Pipes | None = None
         try:
             pipes = _Pipes(self._spec.sinks)
+        except (OSError, VmactorError) as error:
+            exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
+            self._post(RunEnded(self._generation, DeathReason.START_FAILED, detail=str(exhausted)))
+            return
+        try:
             async with anyio.create_task_group() as drains:
                 for drain in pipes.drains:
-                    drains.start_soon(pipes.drain, drain)
+                    drains.start_soon(drain.run)
                 ended = await self._until_exit(pipes)
-                pipes.close_write_ends()
-                with anyio.move_on_after(DRAIN_SECONDS):
-                    await pipes.drained.wait()
-                drains.cancel_scope.cancel()
-        except OSError as error:  # no descriptors for the pipes
-            exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
-            ended = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(exhausted))
+                for drain in pipes.drains:
+                    drains.start_soon(drain.finish)
         finally:
-            if pipes is not None:
-                pipes.close()
+            pipes.close()
         self._post(self._summary(ended, pipes))
 
-    def _summary(self, ended: VmmExit, pipes: "_Pipes | None") -> RunEnded:
-        detail = ended.detail
-        failure = console = ""
-        dropped = 0
-        if pipes is not None:
-            words = pipes.stderr.tail.decode(errors="replace").strip()
-            detail = "\n".join(part for part in (detail, words) if part)
-            failure = pipes.failure.tail.decode(errors="replace")
-            console = pipes.console.tail.decode(errors="replace")
-            dropped = pipes.console.dropped
+    def _summary(self, ended: VmmExit, pipes: "_Pipes") -> RunEnded:
+        last_words = pipes.stderr.tail.decode(errors="replace").strip()
         return RunEnded(
             self._generation,
             ended.reason,
             exit_code=ended.status.code,
             signal=ended.status.signal,
-            failure=failure,
-            detail=detail,
-            console_tail=console,
-            console_dropped=dropped,
+            failure=pipes.failure.tail.decode(errors="replace"),
+            detail="\n".join(part for part in (ended.detail, last_words) if part),
+            console_tail=pipes.console.tail.decode(errors="replace"),
+            console_dropped=pipes.console.dropped,
         )
 
     async def _until_exit(self, pipes: "_Pipes") -> VmmExit:
@@ -236,42 +224,31 @@ class _Pipes:
     """The pipes of one run: what the VMM writes, we drain from the first byte to the last."""
 
     def __init__(self, sinks: Sinks) -> None:
-        self.drained = anyio.Event()
-        self._ends: list[int] = []
+        self.drains: list[Drain] = []
         self._reads: list[int] = []
+        self._writes: list[int] = []
         try:
             self.console, console = self._pipe(sinks.console, CONSOLE_CAP, CONSOLE_TAIL)
             self.failure, failure = self._pipe(None, 0, FAILURE_CAP)
             self.stderr, stderr = self._pipe(None, 0, STDERR_TAIL)
-            self.drains = [self.console, self.failure, self.stderr]
-            guest_log = ramdump = None
-            if sinks.log is not None:
-                drain, guest_log = self._pipe(sinks.log, CONSOLE_CAP, 0)
-                self.drains.append(drain)
-            if sinks.ramdump is not None:
-                drain, ramdump = self._pipe(sinks.ramdump, RAMDUMP_CAP, 0)
-                self.drains.append(drain)
+            guest_log = None if sinks.log is None else self._pipe(sinks.log, CONSOLE_CAP, 0)[1]
+            ramdump = None if sinks.ramdump is None else self._pipe(sinks.ramdump, RAMDUMP_CAP, 0)[1]
         except BaseException:
             self.close()
             raise
         self.channels = Channels(console, failure, guest_log, ramdump, stderr)
-        self._open = len(self.drains)
 
     def _pipe(self, sink: int | None, cap: int, tail: int) -> tuple[Drain, int]:
         read, write = os.pipe2(os.O_CLOEXEC)
         self._reads.append(read)
-        self._ends.append(write)
-        return Drain(read, sink=sink, sink_cap=cap, tail=tail), write
-
-    async def drain(self, drain: Drain) -> None:
-        await drain.run()
-        self._open -= 1
-        if self._open == 0:
-            self.drained.set()
+        self._writes.append(write)
+        drain = Drain(read, sink=sink, sink_cap=cap, tail=tail)
+        self.drains.append(drain)
+        return drain, write
 
     def close_write_ends(self) -> None:
-        while self._ends:
-            os.close(self._ends.pop())
+        while self._writes:
+            os.close(self._writes.pop())
 
     def close(self) -> None:
         self.close_write_ends()

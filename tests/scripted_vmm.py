@@ -1,0 +1,216 @@
+"""A VMM driver without a VMM: the test decides when it runs, answers and ends. For virtual time only.
+
+It is not the simulated VMM (a real process); it stands in where a test must own every moment.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar
+
+import anyio
+
+from vmactor.actors.monitor import RunSpec, Sinks
+from vmactor.actors.vm import VmActor, VmContext
+from vmactor.bus import Bus
+from vmactor.config import RawConfig
+from vmactor.errors import VmmError
+from vmactor.messages import (
+    BalloonStats,
+    DeathReason,
+    Died,
+    Event,
+    Gap,
+    PayloadState,
+    Removed,
+    VirtualMachineState,
+    VmInfo,
+)
+from vmactor.process import ExitStatus
+from vmactor.vmm.driver import Launch, VmmExit
+from vmactor.vsock import HybridVsockTransport
+
+
+class ScriptedVmm:
+    """Runs, answers and ends when the test says so; a kill ends it with signal 9 unless it is stuck."""
+
+    pid = 4242
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.channels = {name: os.dup(fd) for name, fd in _open_channels(launch).items()}
+        self.running = anyio.Event()
+        self.ended = anyio.Event()
+        self.exit = VmmExit(ExitStatus(0, None), DeathReason.SHUTDOWN)
+        self.refusal: VmmError | None = None
+        self.answers = anyio.Event()
+        self.answers.set()
+        self.calls: list[str] = []
+        self.stats: BalloonStats | None = None
+        self.stuck = False
+        self.closed = False
+
+    def write(self, channel: str, data: bytes) -> None:
+        """What the guest writes to one of its channels."""
+        os.write(self.channels[channel], data)
+
+    def end(self, exit_: VmmExit) -> None:
+        """The process is gone."""
+        if not self.ended.is_set():
+            self.exit = exit_
+            self._close_channels()
+            self.ended.set()
+
+    def _close_channels(self) -> None:
+        while self.channels:
+            os.close(self.channels.popitem()[1])
+
+    async def wait_running(self) -> None:
+        async with anyio.create_task_group() as tg:
+
+            async def until(event: anyio.Event) -> None:
+                await event.wait()
+                tg.cancel_scope.cancel()
+
+            tg.start_soon(until, self.running)
+            tg.start_soon(until, self.ended)
+        if not self.running.is_set():
+            raise VmmError("the VMM ended")
+
+    async def wait(self) -> VmmExit:
+        await self.ended.wait()
+        return self.exit
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+        if not self.stuck:
+            self.end(VmmExit(ExitStatus(None, 9), DeathReason.KILLED))
+
+    async def _request(self, name: str) -> None:
+        self.calls.append(name)
+        await self.answers.wait()
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def suspend(self) -> None:
+        await self._request("suspend")
+
+    async def resume(self) -> None:
+        await self._request("resume")
+
+    async def request_shutdown(self) -> None:
+        await self._request("request_shutdown")
+
+    async def balloon_stats(self) -> BalloonStats | None:
+        await self._request("balloon_stats")
+        return self.stats
+
+    async def set_balloon(self, size: int) -> None:
+        await self._request(f"set_balloon {size}")
+
+    async def aclose(self) -> None:
+        self.kill()
+        self._close_channels()
+        self.closed = True
+
+
+def _open_channels(launch: Launch) -> dict[str, int]:
+    channels = launch.channels
+    named = {
+        "console": channels.console,
+        "failure": channels.failure,
+        "log": channels.log,
+        "ramdump": channels.ramdump,
+        "stderr": channels.stderr,
+    }
+    return {name: fd for name, fd in named.items() if fd is not None}
+
+
+class ScriptedDriver:
+    """Makes ``ScriptedVmm``s and keeps them for the test."""
+
+    name: ClassVar[str] = "scripted"
+    platform_version = "1.0.0"
+    emulated = False
+
+    def __init__(self) -> None:
+        self.vmms: list[ScriptedVmm] = []
+        self.spawned = anyio.Event()
+        self.may_spawn = anyio.Event()
+        self.may_spawn.set()
+        self.spawn_error: Exception | None = None
+
+    @property
+    def vmm(self) -> ScriptedVmm:
+        """The last one spawned."""
+        return self.vmms[-1]
+
+    def validate(self, config: RawConfig) -> None:
+        """Accept everything."""
+
+    def command_line(self, launch: Launch) -> list[str]:
+        return ["scripted", launch.name]
+
+    async def spawn(self, launch: Launch) -> ScriptedVmm:
+        await self.may_spawn.wait()
+        if self.spawn_error is not None:
+            raise self.spawn_error
+        self.vmms.append(ScriptedVmm(launch))
+        self.spawned.set()
+        return self.vmm
+
+
+@dataclass
+class Bench:
+    """A VM actor with a scripted VMM on a bus, and what it told the world."""
+
+    directory: Path
+    hangup_timeout: float | None = None
+    sinks: Sinks = field(default_factory=Sinks)
+    driver: ScriptedDriver = field(default_factory=ScriptedDriver)
+    log: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bus: Bus[Event] = Bus(
+            stamp=lambda event, seq: replace(event, seq=seq),
+            gap=lambda last, missed: Gap(missed=missed, seq=last.seq),
+            ends=lambda event: (event.cid, event.generation) if isinstance(event, Died | Removed) else None,
+        )
+        self.events = self.bus.subscribe(capacity=1000)
+        self._resources = ExitStack()
+        vhost = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self._resources.callback(os.close, vhost)
+        config = RawConfig(name="test", kernel=vhost, platform_version="~1.0")
+        spec = RunSpec("test", 2048, config, self.driver, self.directory, self.sinks, vhost, None)
+        info = VmInfo(
+            cid=2048, name="test", generation=0, state=VirtualMachineState.NOT_STARTED,
+            payload=PayloadState.STARTING, driver="scripted", suspended=False, pid=None, protected=False,
+            directory=str(self.directory), requester_uid=0, requester_pid=1, created=datetime.now(UTC),
+        )  # fmt: skip
+        transport = HybridVsockTransport(2048, self.directory / "vsock", lambda: None)
+        context = VmContext(
+            bus=self.bus,
+            transport=transport,
+            listener=transport.listen(2048),
+            record=lambda info: self.log.append(f"record {info.state.name}"),
+            clear=lambda: self.log.append("clear"),
+            give_back=self._give_back,
+        )
+        self.actor = VmActor(spec, info, context, self.hangup_timeout)
+
+    def _give_back(self) -> None:
+        self.log.append("give back")
+        self._resources.close()
+
+    def seen(self) -> list[Event]:
+        """Every event since the last call."""
+        found = []
+        while (event := self.events.next_nowait()) is not None:
+            found.append(event)
+        return found
+
+    def kinds(self) -> list[str]:
+        """The same by kind."""
+        return [event.kind for event in self.seen()]
