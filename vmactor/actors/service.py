@@ -44,7 +44,7 @@ from vmactor.messages import (
     VirtualMachineState,
     VmInfo,
 )
-from vmactor.platform_version import Version, VersionRequirement
+from vmactor.platform_version import Version
 from vmactor.state_dir import StateDirectory, default_path
 from vmactor.supervisor import ChildExit, Decision, Supervisor
 from vmactor.vmm.select import Selection, select
@@ -170,6 +170,10 @@ class VirtualizationService:
         with ExitStack() as owned:
             own = config.duplicate()
             owned.callback(own.close)
+            # Checked on our duplicates: nobody can exchange these between the check and the use.
+            own.check_descriptors()
+            if own.disks:
+                await anyio.to_thread.run_sync(own.check_formats)
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
             place = await self._find_place(owned)
             helper = None if place.vhost_fd is not None else self._helper()
@@ -219,15 +223,9 @@ class VirtualizationService:
         return VirtualMachine(actor, self.bus)
 
     def _check(self, config: RawConfig) -> None:
-        driver = self._selection.driver
         config.validate()
-        requirement = VersionRequirement.parse(config.platform_version)
-        if not requirement.matches(Version.parse(driver.platform_version)):
-            raise ServiceSpecificError(
-                "Incompatible platform version. The config is compatible with platform version(s) "
-                f"{requirement}, but the actual platform version is {driver.platform_version}"
-            )
-        driver.validate(config)
+        config.check_platform(Version.parse(self._selection.driver.platform_version))
+        self._selection.driver.validate(config)
 
     def _helper(self) -> Path:
         assert self._facts is not None  # noqa: S101 - set on entry
