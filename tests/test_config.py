@@ -1,0 +1,391 @@
+"""Raw configurations: their rules, what may be behind their descriptors, and who closes those."""
+
+import fcntl
+import io
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmactor.config import MAX_DISKS, DiskImage, Partition, RawConfig
+from vmactor.errors import (
+    IllegalArgumentError,
+    ResourceExhaustedError,
+    UnsupportedOperationError,
+    VmactorError,
+)
+from vmactor.messages import CpuTopology
+from vmactor.platform_version import Version
+
+
+def config(**changes: Any) -> RawConfig:
+    values: dict[str, Any] = {"name": "vm", "kernel": 100, "platform_version": "~1.0"}
+    return RawConfig(**values | changes)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[io.BufferedRandom]:
+    """A raw image, open for reading and writing."""
+    path = tmp_path / "image"
+    path.write_bytes(b"\0" * 8192)
+    with path.open("r+b") as file:
+        yield file
+
+
+def open_descriptors() -> list[int]:
+    return sorted(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+# -- Rules -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"initrd": 101},
+        {"kernel": None, "bootloader": 101},
+        {"params": "x" * 2047},
+        {"params": "console=ttyS0 ünïcode\t"},
+        {"params": ""},
+        {"memory_mib": 1},
+        {"memory_mib": 2**31 - 1},
+        {"disks": [DiskImage(101)] * MAX_DISKS},
+        {"disks": [DiskImage(101, writable=True)]},
+        {"cpu_topology": CpuTopology.MATCH_HOST},
+        {"cpu_topology": 1},
+        {"platform_version": "*"},
+        {"task_profiles": ["MaxPerformance", "a.b_c-d"]},
+        {"protected_vm": True},
+    ],
+)
+def test_these_configurations_are_valid(changes: dict[str, Any]) -> None:
+    config(**changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a b"}, "is not a VM name"),
+        ({"name": None}, "is not a VM name"),
+        ({"kernel": None}, r"VM must have either a bootloader or a kernel image\."),
+        ({"kernel": None, "initrd": 101}, r"VM must have either a bootloader or a kernel image\."),
+        ({"bootloader": 101}, r"Can't have both bootloader and kernel/initrd image\."),
+        ({"kernel": None, "initrd": 101, "bootloader": 102}, r"Can't have both bootloader and kernel/initrd"),
+        ({"params": "x" * 2048}, "params has 2048 bytes; .* at most 2047"),
+        ({"params": "é" * 1024}, "params has 2048 bytes"),
+        ({"params": "a\nb"}, "params must be one line"),
+        ({"params": "a\0b"}, "params must be one line"),
+        ({"params": "\ud800"}, "params contains a lone surrogate"),
+        ({"params": b"x"}, "params must be one line"),
+        ({"memory_mib": 0}, "Invalid memory_mib"),
+        ({"memory_mib": -1}, "Invalid memory_mib"),
+        ({"memory_mib": 2**31}, "Invalid memory_mib"),
+        ({"memory_mib": 1.5}, "Invalid memory_mib"),
+        ({"memory_mib": True}, "Invalid memory_mib"),
+        ({"protected_vm": 1}, "protected_vm must be True or False"),
+        ({"disks": [DiskImage(101)] * (MAX_DISKS + 1)}, "disks: at most 26 are possible, not 27"),
+        ({"disks": [DiskImage(101), 7]}, r"disks\[1\] must be a DiskImage"),
+        ({"disks": [DiskImage(101, "no")]}, r"disks\[0\] must be a DiskImage whose writable"),  # type: ignore[arg-type]
+        ({"disks": [DiskImage()]}, r"disks\[0\]: DiskImage didn't contain image or partitions\."),
+        (
+            {"disks": [DiskImage(101), DiskImage(101, partitions=[Partition("a", 102)])]},
+            r"disks\[1\]: DiskImage contains both image and partitions\.",
+        ),
+        ({"platform_version": ""}, "Invalid platform version requirement : unexpected end of input"),
+        (
+            {"platform_version": "[v1\x1b"},
+            r"Invalid platform version requirement \\\[v1\\x1b: unexpected char",
+        ),
+        ({"platform_version": None}, "platform_version must be text"),
+        ({"task_profiles": ["a,b"]}, r"task_profiles\[0\] must be"),
+        ({"task_profiles": ["a", ""]}, r"task_profiles\[1\] must be"),
+        ({"task_profiles": ["a"] * 33}, "task_profiles: at most 32"),
+    ],
+)
+def test_these_configurations_are_refused_with_the_field_and_the_rule(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(IllegalArgumentError, match=message):
+        config(**changes).validate()
+
+
+def test_disks_made_of_partitions_are_not_supported_yet() -> None:
+    with pytest.raises(
+        UnsupportedOperationError, match=r"disks\[0\]: disks made of partitions .* not supported yet"
+    ):
+        config(disks=[DiskImage(partitions=[Partition("a", 101)])]).validate()
+
+
+def test_an_unknown_cpu_topology_is_refused_when_it_is_given() -> None:
+    with pytest.raises(IllegalArgumentError, match=r"Failed to parse CPU topology value: CpuTopology\(7\)"):
+        config(cpu_topology=7)
+
+
+def test_the_platform_version_must_match_that_of_the_driver() -> None:
+    config(platform_version=">=0.9, <2").check_platform(Version(1, 0, 0))
+    with pytest.raises(UnsupportedOperationError) as caught:
+        config(platform_version="1.1").check_platform(Version(1, 0, 0))
+    assert caught.value.message == (
+        "Incompatible platform version. The config is compatible with platform version(s) ^1.1, "
+        "but the actual platform version is 1.0.0"
+    )
+
+
+# -- Descriptors -----------------------------------------------------------------------------------
+
+
+def test_files_are_given_as_objects_or_numbers_and_kept_as_numbers(image: io.BufferedRandom) -> None:
+    fd = image.fileno()
+    disks = [DiskImage(image, writable=True), DiskImage(partitions=[Partition("p", image)])]
+    given = config(kernel=image, initrd=fd, disks=disks)
+    assert (given.kernel, given.initrd, given.disks[0].image) == (fd, fd, fd)
+    assert given.disks[1].partitions == (Partition("p", fd),)
+    assert given.fds() == (fd,)
+    assert config(kernel=9, initrd=7, disks=[DiskImage(8), DiskImage(7)]).fds() == (7, 8, 9)
+
+
+def closed_file() -> object:
+    file = io.FileIO(os.memfd_create("closed"))
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize(
+    "value", ["/vmlinux", Path("/vmlinux"), b"x", -1, 2**31, 1.0, True, io.BytesIO(), closed_file()]
+)
+def test_what_is_no_open_file_is_refused_when_it_is_given(value: Any) -> None:
+    for give in (lambda: config(kernel=value), lambda: DiskImage(value), lambda: Partition("a", value)):
+        with pytest.raises(IllegalArgumentError, match=r"^(kernel|disk image|partition image) "):
+            give()
+
+
+def test_a_duplicate_has_descriptors_of_its_own_that_are_closed_once(image: io.BufferedRandom) -> None:
+    fd = image.fileno()
+    given = config(
+        kernel=image, disks=[DiskImage(image), DiskImage(partitions=[Partition("p", image, True)])]
+    )
+    with given.duplicate() as copy:
+        assert copy.kernel is not None
+        assert copy == replace(given, kernel=copy.kernel, disks=copy.disks)
+        assert copy.disks[1].partitions[0].writable
+        assert len(copy.fds()) == 3
+        assert fd not in copy.fds()
+        assert min(copy.fds()) > 2
+        assert all(fcntl.fcntl(number, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for number in copy.fds())
+        assert all(os.path.sameopenfile(number, fd) for number in copy.fds())
+    assert not any(is_open(number) for number in copy.fds())
+    reused = os.dup2(fd, copy.kernel)
+    copy.close()  # the number belongs to somebody else by now
+    assert is_open(reused)
+    os.close(reused)
+
+
+def test_a_configuration_never_closes_what_it_borrows(image: io.BufferedRandom) -> None:
+    with config(kernel=image).duplicate() as owner:
+        with replace(owner, name="other") as borrower:
+            assert borrower.kernel == owner.kernel
+        assert is_open(owner.fds()[0])
+    with config(kernel=image):
+        pass
+    assert is_open(image.fileno())
+
+
+def test_a_duplicate_outlives_the_file_it_was_made_from(tmp_path: Path) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(b"contents")
+    with path.open("rb") as file:
+        copy = config(kernel=file).duplicate()
+    with copy:
+        copy.check_descriptors()
+        assert os.pread(copy.fds()[0], 100, 0) == b"contents"
+
+
+def test_a_descriptor_that_is_not_open_is_named_and_nothing_stays_open(image: io.BufferedRandom) -> None:
+    gone = os.dup(image.fileno())
+    os.close(gone)  # and the next descriptor to be made gets this number, so the kernel's duplicate would fit
+    given = config(kernel=image, disks=[DiskImage(image), DiskImage(gone)])
+    before = open_descriptors()
+    for check in (given.duplicate, given.check_descriptors):
+        with pytest.raises(IllegalArgumentError, match=rf"disks\[1\]\.image: descriptor {gone} is not open"):
+            check()
+    assert open_descriptors() == before
+
+
+def test_running_out_of_descriptors_says_what_to_raise_and_nothing_stays_open(
+    image: io.BufferedRandom,
+) -> None:
+    given = config(kernel=image, disks=[DiskImage(image)] * 1000)
+    before = open_descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[-1] + 5, hard))
+    try:
+        with pytest.raises(
+            ResourceExhaustedError, match=rf"disks\[\d+\].image: .*may have {before[-1] + 5} .*ulimit -n"
+        ):
+            given.duplicate()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "writable", "problem"),
+    [
+        (os.O_RDONLY, False, None),
+        (os.O_RDWR, False, None),
+        (os.O_RDWR, True, None),
+        (os.O_RDONLY, True, "open it for reading and writing"),
+        (os.O_WRONLY, True, "open it for reading and writing"),
+        (os.O_WRONLY, False, "open for writing only"),
+        (os.O_RDWR | os.O_APPEND, True, "append mode"),
+        (os.O_RDWR | os.O_APPEND, False, None),
+        (os.O_PATH, False, "O_PATH"),
+        (os.O_PATH, True, "O_PATH"),
+    ],
+)
+def test_a_disk_must_be_open_as_it_is_used(
+    tmp_path: Path, flags: int, writable: bool, problem: str | None
+) -> None:
+    path = tmp_path / "disk"
+    path.touch()
+    fd = os.open(path, flags)
+    try:
+        given = config(kernel=None, disks=[DiskImage(fd, writable)])
+        if problem is None:
+            given.check_descriptors()
+        else:
+            with pytest.raises(IllegalArgumentError, match=rf"disks\[0\].image: descriptor {fd} .*{problem}"):
+                given.check_descriptors()
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("field", ["kernel", "initrd", "bootloader"])
+def test_boot_files_must_be_regular_and_readable(tmp_path: Path, field: str) -> None:
+    (tmp_path / "file").touch()
+    readable = {"memfd": os.memfd_create("kernel"), "file": os.open(tmp_path / "file", os.O_RDONLY)}
+    reader, writer = os.pipe()
+    end, other = socket.socketpair()
+    refused = {
+        "a directory": os.open(tmp_path, os.O_RDONLY),
+        "a pipe": reader,
+        "a socket": end.detach(),
+        "a character device": os.open("/dev/zero", os.O_RDONLY),
+        "no file": os.eventfd(0),
+        "open for writing only": os.open(tmp_path / "file", os.O_WRONLY),
+        "O_PATH": os.open(tmp_path / "file", os.O_PATH),
+    }
+    try:
+        for fd in readable.values():
+            config(**{"kernel": None, field: fd}).check_descriptors()
+        for what, fd in refused.items():
+            with pytest.raises(IllegalArgumentError, match=f"{field}: .*{what}"):
+                config(**{"kernel": None, field: fd}).check_descriptors()
+    finally:
+        other.close()
+        for fd in [*readable.values(), *refused.values(), writer]:
+            os.close(fd)
+
+
+def test_a_disk_may_be_a_block_device_and_a_kernel_may_not() -> None:
+    devices = [Path("/dev") / entry.name for entry in Path("/sys/class/block").iterdir()]
+    for device in devices:
+        try:
+            fd = os.open(device, os.O_RDONLY)
+        except OSError:
+            continue
+        break
+    else:
+        pytest.skip("no block device can be opened here")
+    try:
+        config(kernel=None, disks=[DiskImage(fd)]).check_descriptors()
+        with pytest.raises(IllegalArgumentError, match="kernel: is a block device; give a regular file"):
+            config(kernel=fd).check_descriptors()
+    finally:
+        os.close(fd)
+
+
+# -- Formats ---------------------------------------------------------------------------------------
+
+RAW = [
+    b"",
+    b"Q",
+    b"QFI",
+    b"QFI\xfa",
+    b"composite_disk\x1c",
+    b"\xed\x26\xff\x3a",
+    b"\x60\x2a\x4d\x18",
+    b"\x4f\x2a\x4d\x18",
+    b"\0" * 512 + b"QFI\xfb",
+    b"\xeb\x63\x90" + b"\0" * 507 + b"\x55\xaa",
+]
+CONTAINERS = {
+    "a QCOW2 image": [b"QFI\xfb\0\0\0\3" + b"\0" * 100, b"QFI\xfb"],
+    "a composite disk": [b"composite_disk\x1d\x08\x02"],
+    "an Android sparse image": [b"\x3a\xff\x26\xed\1\0\0\0"],
+    "compressed with zstd": [
+        b"\x28\xb5\x2f\xfd\0",
+        b"\x50\x2a\x4d\x18",
+        b"\x5d\x2a\x4d\x18",
+        b"\x5e\x2a\x4d\x18",
+        b"\x5f\x2a\x4d\x18\n",
+    ],
+}
+
+
+@pytest.mark.parametrize("contents", RAW)
+def test_an_image_without_a_container_magic_is_raw(contents: bytes) -> None:
+    with io.FileIO(os.memfd_create("disk"), "r+") as file:
+        file.write(contents)
+        config(kernel=file, disks=[DiskImage(file)]).check_formats()
+        assert file.tell() == len(contents)  # the caller's file offset is left alone
+
+
+@pytest.mark.parametrize(
+    ("what", "contents"), [(what, start) for what in CONTAINERS for start in CONTAINERS[what]]
+)
+def test_an_image_in_a_container_format_is_refused_with_a_way_out(what: str, contents: bytes) -> None:
+    with io.FileIO(os.memfd_create("disk"), "r+") as file, io.FileIO(os.memfd_create("raw"), "r+") as raw:
+        file.write(contents)
+        config(kernel=file, disks=[DiskImage(raw)]).check_formats()  # only disks are looked at
+        with pytest.raises(
+            UnsupportedOperationError, match=rf"disks\[1\]\.image: is {what}, and only raw .*; \w+"
+        ):
+            config(disks=[DiskImage(raw), DiskImage(file)]).check_formats()
+
+
+def test_an_image_opened_for_direct_access_is_looked_at_too(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"QFI\xfb" + b"\0" * 4092)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        pytest.skip("this file system has no direct access")
+    try:
+        with pytest.raises(UnsupportedOperationError, match="QCOW2"):
+            config(disks=[DiskImage(fd)]).check_formats()
+    finally:
+        os.close(fd)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(VmactorError, match=r"disks\[0\]\.image: cannot be read: Is a directory"):
+            config(disks=[DiskImage(fd)]).check_formats()
+    finally:
+        os.close(fd)

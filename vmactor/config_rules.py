@@ -1,0 +1,69 @@
+"""Rules on single values of a configuration, the same for ``RawConfig`` and for JSON files. Pure."""
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from vmactor.errors import IllegalArgumentError
+from vmactor.platform_version import VersionRequirement
+from vmactor.text import escape
+
+MAX_PARAMS: Final = 2047
+"""Longest guest command line in bytes: the kernel's limit on x86-64 and aarch64, less the NUL."""
+MAX_MEMORY_MIB: Final = 2**31 - 1
+MAX_TASK_PROFILES: Final = 32
+
+_TASK_PROFILE: Final = re.compile("[A-Za-z0-9_.-]{1,64}")
+
+
+def check_params(params: str) -> None:
+    """Check a guest command line. Raises IllegalArgumentError."""
+    if not isinstance(params, str) or re.search("[\0\n\r]", params):
+        raise IllegalArgumentError("params must be one line of text without NUL")
+    try:
+        length = len(params.encode())
+    except UnicodeEncodeError:
+        raise IllegalArgumentError("params contains a lone surrogate; remove it") from None
+    if length > MAX_PARAMS:
+        raise IllegalArgumentError(
+            f"params has {length} bytes; a guest command line has at most {MAX_PARAMS}"
+        )
+
+
+def check_memory(memory_mib: int | None) -> None:
+    """Check an amount of memory. Raises IllegalArgumentError."""
+    if memory_mib is not None and (type(memory_mib) is not int or not 1 <= memory_mib <= MAX_MEMORY_MIB):
+        raise IllegalArgumentError(
+            f"Invalid memory_mib; give 1 to {MAX_MEMORY_MIB}, or nothing for the VMM's default"
+        )
+
+
+def check_task_profiles(profiles: Iterable[object]) -> None:
+    """Check Android task profiles; a VMM gets them joined by commas. Raises IllegalArgumentError."""
+    for i, profile in enumerate(profiles):
+        if i == MAX_TASK_PROFILES:
+            raise IllegalArgumentError(f"task_profiles: at most {MAX_TASK_PROFILES} are possible")
+        if not isinstance(profile, str) or not _TASK_PROFILE.fullmatch(profile):
+            raise IllegalArgumentError(
+                f"task_profiles[{i}] must be 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-', and one profile only"
+            )
+
+
+def check_boot(*, kernel: object, initrd: object, bootloader: object) -> None:
+    """Check that there is something to boot, and one way of booting. Raises IllegalArgumentError."""
+    if bootloader is None and kernel is None:
+        raise IllegalArgumentError("VM must have either a bootloader or a kernel image.")
+    if bootloader is not None and (kernel is not None or initrd is not None):
+        raise IllegalArgumentError("Can't have both bootloader and kernel/initrd image.")
+
+
+def parse_requirement(text: str) -> VersionRequirement:
+    """Read a ``platform_version``. Raises IllegalArgumentError."""
+    if not isinstance(text, str):
+        raise IllegalArgumentError("platform_version must be text, such as '~1.0'")
+    try:
+        return VersionRequirement.parse(text)
+    except IllegalArgumentError as error:
+        raise IllegalArgumentError(
+            f"Invalid platform version requirement {escape(text, limit=100)}: {error}"
+        ) from None
