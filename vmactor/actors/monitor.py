@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-import structlog
 from anyio.abc import TaskStatus
 
 from vmactor.actors.lifecycle import Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
 from vmactor.config import RawConfig
 from vmactor.console import Drain
 from vmactor.errors import DeadlineExceededError, ResourceExhaustedError, VmactorError, VmmError
+from vmactor.log import get_logger
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN
 from vmactor.vhost_device_vsock import VhostDeviceVsock
@@ -44,7 +44,7 @@ STDERR_TAIL: Final = 4 * 1024
 HELPER_GRACE: Final = 0.5
 """A VMM that ends within this time of its helper ended by itself."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)

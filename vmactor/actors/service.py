@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Final, Self
 
 import anyio
-import structlog
 
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.monitor import RunSpec, Sinks
@@ -34,6 +33,7 @@ from vmactor.errors import (
     VmactorError,
 )
 from vmactor.host import HostFacts, probe
+from vmactor.log import get_logger
 from vmactor.messages import (
     Died,
     Event,
@@ -59,7 +59,7 @@ SET_GUEST_CID: Final = 0x4008AF60
 """VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h."""
 VM_SHUTDOWN_SECONDS: Final = 30.0
 
-log = structlog.get_logger()
+logger = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ class VirtualizationService:
                     place = self._listen(cid, directory, attempt)
                 except (VmactorError, OSError) as error:
                     failure = error
-                    log.warning("no RPC server for a CID", cid=cid, error=str(error))
+                    logger.warning("no RPC server for a CID", cid=cid, error=str(error))
                     continue
                 owned.push(attempt.pop_all())
                 return place
@@ -273,11 +273,11 @@ class VirtualizationService:
             self._state.write_record(info.cid, record)
         except OSError as error:
             # The VM lives on; other processes see it as it was.
-            log.error("cannot write a VM's record", cid=info.cid, error=str(error))
+            logger.error("cannot write a VM's record", cid=info.cid, error=str(error))
 
     def _vm_ended(self, child: ChildExit) -> Decision:
         if child.error is not None:
-            log.error("a VM actor failed; its VM was ended", child=child.name, exc_info=child.error)
+            logger.error("a VM actor failed; its VM was ended", child=child.name, exc_info=child.error)
         return Decision.IGNORE
 
     # -- Looking -----------------------------------------------------------------------------------

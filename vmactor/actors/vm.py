@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import anyio
-import structlog
 from anyio.abc import TaskStatus
 
 from vmactor.actors.guest_rpc import serve_guest_rpc
@@ -44,6 +43,7 @@ from vmactor.actors.lifecycle import (
 from vmactor.actors.monitor import Run, RunSpec
 from vmactor.bus import Bus
 from vmactor.errors import ActorDiedError, IllegalStateError, VmactorError
+from vmactor.log import get_logger
 from vmactor.mailbox import Mailbox
 from vmactor.messages import (
     Created,
@@ -112,7 +112,7 @@ class VmActor:
         self._life = Life(hangup_timeout)
         self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
         self._started_at = 0.0
-        self._log = structlog.get_logger().bind(vm=spec.name, cid=spec.cid)
+        self._log = get_logger(vm=spec.name, cid=spec.cid)
 
     def __repr__(self) -> str:
         life, pid = self._life, f" pid={self._life.pid}" if self._life.pid else ""
