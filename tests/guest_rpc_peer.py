@@ -71,7 +71,7 @@ class UnixListener:
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.setblocking(False)
         self._sock.bind(str(path))
-        self._sock.listen(128)
+        self._sock.listen(4096)  # a guest that dials faster than it is admitted must not block the test
 
     async def accept(self) -> UnixStream:
         await anyio.lowlevel.checkpoint()
@@ -120,7 +120,7 @@ class Guest:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(path))
         self.stream = UnixStream(sock)
-        self._unpacker = msgpack.Unpacker()
+        self._unpacker = msgpack.Unpacker(read_size=4096)
         self._msgid = 0
 
     async def send(self, *messages: Any) -> None:
@@ -177,18 +177,16 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def running(self, report: Report, limits: GuestRpcLimits | None = None) -> AsyncIterator["Server"]:
-        async with anyio.create_task_group() as tasks:
+        async def run() -> None:
+            await serve_guest_rpc(self.listener, report, cid=CID, limits=limits, statistics=self.statistics)
+            raise AssertionError("the server ended by itself")
 
-            async def run() -> None:
-                await serve_guest_rpc(
-                    self.listener, report, cid=CID, limits=limits, statistics=self.statistics
-                )
-                raise AssertionError("the server ended by itself")
-
-            tasks.start_soon(run)
-            try:
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run)
                 yield self
-            finally:
-                self._guests.close()
                 tasks.cancel_scope.cancel()
-        await self.listener.aclose()
+        finally:
+            self._guests.close()
+            with anyio.CancelScope(shield=True):
+                await self.listener.aclose()

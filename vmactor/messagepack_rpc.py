@@ -25,7 +25,7 @@ NOTIFICATION: Final = 2
 CHUNK: Final = 16 * 1024
 """Most bytes to feed at once; part of what the decoder's buffer is sized for."""
 
-MAX_ITEMS: Final = 64
+MAX_ITEMS: Final = 32
 """Most elements of one array, or pairs of one map."""
 
 MAX_ERROR_TEXT: Final = 1024
@@ -65,6 +65,28 @@ class BadMessageError(IllegalArgumentError):
         self.oversize = oversize
 
 
+class _ContainerCounter:
+    """Counts arrays and maps as they are completed.
+
+    Apart from the decoder, so that the unpacker does not refer back to it: a guest that opens connections by
+    the hundred must not leave cycles for the garbage collector.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.seen = 0
+        self._limit = limit
+
+    def array(self, items: list[Any]) -> list[Any]:
+        self.seen += 1
+        if self.seen > self._limit:
+            raise ValueError(f"more than {self._limit} arrays and maps in a message")
+        return items
+
+    def map(self, pairs: list[Any]) -> tuple[Any, ...]:
+        """Keep a map as its pairs: no method takes one, so its keys need not be hashable, nor be hashed."""
+        return tuple(self.array(pairs))
+
+
 class CallDecoder:
     """Turns a byte stream, cut anywhere, into calls.
 
@@ -76,35 +98,21 @@ class CallDecoder:
 
     def __init__(self, *, message_size: int, containers: int) -> None:
         self._size = message_size
-        self._containers = containers
-        self._seen = 0
+        self._counter = _ContainerCounter(containers)
         self._fed = 0
         self._start = 0  # offset in the stream of the message that is being read
         self._left: int | None = None  # envelope elements to come; None before the envelope's header
         self._parts: list[object] = []
         self._unpacker = msgpack.Unpacker(
             read_size=1024,  # the buffer's size to begin with; it grows as needed
-            max_buffer_size=message_size + CHUNK,
+            max_buffer_size=message_size + CHUNK,  # bounds text and bytes too
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
-            max_str_len=message_size,
-            max_bin_len=message_size,
-            max_ext_len=message_size,
             unicode_errors="replace",  # a text that an agent cut in the middle of a letter is still a text
             strict_map_key=False,
-            list_hook=self._count,
-            object_pairs_hook=self._count_map,
+            list_hook=self._counter.array,
+            object_pairs_hook=self._counter.map,
         )
-
-    def _count(self, container: list[Any]) -> list[Any]:
-        self._seen += 1
-        if self._seen > self._containers:
-            raise ValueError(f"more than {self._containers} arrays and maps in a message")
-        return container
-
-    def _count_map(self, pairs: list[Any]) -> tuple[Any, ...]:
-        """Keep a map as its pairs: no method takes one, so its keys need not be hashable, nor be hashed."""
-        return tuple(self._count(pairs))
 
     @property
     def pending(self) -> int:
@@ -136,7 +144,7 @@ class CallDecoder:
         if end - self._start > self._size:
             raise self._oversize()
         msgid = self._msgid()
-        self._start, self._left, self._parts, self._seen = end, None, [], 0
+        self._start, self._left, self._parts, self._counter.seen = end, None, [], 0
         match parts:
             case [0, _, method, params] if msgid is not None:
                 return Call(msgid, method, params)
