@@ -45,8 +45,8 @@ async def test_greets_and_answers_a_command_with_arguments(short_dir: Path) -> N
 
         tasks.start_soon(script)
         assert await client.execute("balloon", {"value": 5}, timeout=LONG) == {"fine": True}
-        assert heard == [{"value": 5}]
-        assert client.greeting == GREETING["QMP"]
+    assert heard == [{"value": 5}]
+    assert client.greeting == GREETING["QMP"]
 
 
 async def test_concurrent_requests_get_their_own_answers_in_any_order(short_dir: Path) -> None:

@@ -143,8 +143,9 @@ class QemuVmm:
                 await self._qmp.negotiate(timeout=START_TIMEOUT)
                 await self._qmp.execute("cont", timeout=max(end - anyio.current_time(), 0))
             except VmmError as error:
-                with anyio.move_on_after(LAST_WORDS_TIMEOUT):
-                    await self._process.wait()
+                if self._qmp.failure is not None:
+                    with anyio.move_on_after(LAST_WORDS_TIMEOUT):
+                        await self._process.wait()
                 status = self._process.status
                 if status is None:
                     self._refusal = str(error)
