@@ -1,0 +1,308 @@
+"""Serial output of guests and complaints of helpers: always read, always bounded.
+
+A guest that writes for ever must fill neither memory nor disk, and its virtual CPU must never stand still
+because nobody reads. So a ``Drain`` reads its pipe from the start, keeps the end of the text in memory, and
+copies the text to a descriptor of the caller up to a cap. That descriptor (the sink) may be slow, stuck, full
+or gone: then bytes are dropped and counted, and the drain goes on.
+
+A sink is the caller's, and so are its flags: they belong to the open file, which the caller shares with
+others (think of the terminal of a shell). It is never made non-blocking, yet no write to it may block the
+event loop. See ``_Sink`` for how. The event loop is kept away from it as well, because uvloop makes what it
+watches non-blocking: the loop watches an epoll instance of our own, and that watches the sink.
+"""
+
+import fcntl
+import math
+import os
+import select
+import socket
+import stat
+from contextlib import suppress
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+import structlog
+
+_READ_SIZE: Final = 65536
+_PENDING_MAX: Final = 4 * _READ_SIZE
+
+_log = structlog.get_logger(__name__)
+
+
+class Drain:
+    """Reads a pipe to its end without ever holding up who writes.
+
+    One task calls ``run``, which owns whatever the copying needs; ``finish`` bounds its end.
+
+    Args:
+        read_fd: The read end of a pipe. It stays the caller's, who closes it after ``run`` has returned; it
+            is made non-blocking.
+        sink: Where to copy the text: a file, pipe, terminal or socket of the caller, or None. ``run`` works
+            on a duplicate and leaves its flags alone.
+        sink_cap: How many bytes the sink gets at most.
+        tail: How many bytes to keep in memory.
+
+    Attributes:
+        total: Bytes read so far.
+    """
+
+    def __init__(self, read_fd: int, *, sink: int | None, sink_cap: int, tail: int) -> None:
+        os.set_blocking(read_fd, False)
+        self.total = 0
+        self._read_fd = read_fd
+        self._tail = bytearray()
+        self._tail_size = tail
+        self._sink = _Sink(sink, sink_cap)
+        self._ended = False
+        self._stopped: anyio.Event | None = None
+        self._finishing = False
+        self._deadline = math.inf
+        self._reading: anyio.CancelScope | None = None
+        self._flushing: anyio.CancelScope | None = None
+
+    def __repr__(self) -> str:
+        return f"<Drain total={self.total} dropped={self.dropped}{' ended' if self._ended else ''}>"
+
+    @property
+    def tail(self) -> bytes:
+        """The last bytes read, at most as many as were asked for."""
+        return bytes(self._tail[max(0, len(self._tail) - self._tail_size) :])
+
+    @property
+    def dropped(self) -> int:
+        """How many bytes the sink should have got and did not: beyond the cap, too slow, or given up."""
+        return self._sink.dropped
+
+    async def run(self) -> None:
+        """Read until all writers are gone or ``finish`` is called, then let the sink take what it still can.
+
+        The sink never holds up the reading, but after the end it may take its time; ``finish`` bounds that.
+        If this is cancelled, what the sink has not taken is dropped and counted.
+
+        Raises:
+            BusyResourceError: Another task is in ``run``.
+        """
+        if self._stopped is not None:
+            raise anyio.BusyResourceError("draining")
+        stopped = self._stopped = anyio.Event()
+        try:
+            self._sink.open(self._read_fd)
+            with anyio.CancelScope() as self._reading:
+                while not self._ended and not self._finishing:
+                    await self._step()
+            if not self._ended:
+                await self._read_what_is_left()
+            with anyio.CancelScope(deadline=self._deadline) as self._flushing:
+                while self._sink.pending:
+                    await self._step()
+        finally:
+            self._sink.close()
+            self._reading = self._flushing = self._stopped = None
+            stopped.set()
+
+    async def finish(self, timeout: float = 1.0) -> None:
+        """Bring ``run`` to its end; call it when the writer is known to be dead. Returns when ``run`` has.
+
+        Does not wait for an end of file, since somebody else may hold the write end: what the dead wrote is
+        in the pipe already, so no more is read than a pipe holds. Then the sink has until ``timeout`` seconds
+        from now to take what it has not taken yet. Works as well where ``run`` was never called, or was
+        cancelled.
+        """
+        self._finishing = True
+        self._deadline = anyio.current_time() + timeout
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._flushing is not None:
+            self._flushing.deadline = self._deadline
+        if self._stopped is not None:
+            await self._stopped.wait()
+        elif not self._ended:
+            await self.run()
+
+    async def _step(self) -> None:
+        """Wait for work and do a bounded piece of it; the wait gives everybody else a turn."""
+        if not self._sink.pending:
+            await anyio.wait_readable(self._read_fd)
+            self._read()
+            return
+        for fd in await self._sink.wait():
+            if fd != self._read_fd:
+                self._sink.write()
+            elif not self._ended:
+                self._read()
+
+    async def _read_what_is_left(self) -> None:
+        left = fcntl.fcntl(self._read_fd, fcntl.F_GETPIPE_SZ)
+        while left > 0 and (count := self._read()):
+            left -= count
+            await anyio.lowlevel.checkpoint()
+        self._end()
+
+    def _read(self) -> int:
+        """Read once; the number of bytes, 0 if there are none now or any more."""
+        try:
+            data = os.read(self._read_fd, _READ_SIZE)
+        except BlockingIOError:
+            return 0
+        if not data:
+            self._end()
+            return 0
+        self.total += len(data)
+        self._tail += data
+        if len(self._tail) > self._tail_size + _READ_SIZE:
+            del self._tail[: len(self._tail) - self._tail_size]
+        self._sink.offer(data)
+        return len(data)
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._sink.forget(self._read_fd)
+
+
+class _Sink:
+    """Copies bytes to a descriptor of somebody else, up to a cap, without ever waiting inside a system call.
+
+    - What epoll cannot watch (regular files, ``/dev/null``) does not make its writers wait: written at once.
+    - A socket can be asked for one call that does not wait.
+    - Pipes and terminals are opened a second time, which gives flags of our own. Where that is not allowed (a
+      terminal of another user, say), they are written only when they have room, and only so little at a time
+      that the room suffices: ``PIPE_BUF`` bytes for a pipe, for a terminal a single one.
+
+    Attributes:
+        pending: What waits for room; bounded.
+        dropped: Bytes that the sink should have got.
+    """
+
+    def __init__(self, source: int | None, cap: int) -> None:
+        self.pending = bytearray()
+        self.dropped = 0
+        self._source = source
+        self._left = cap
+        self._warned = False
+        self._fd: int | None = None
+        self._socket: socket.socket | None = None
+        self._epoll: select.epoll | None = None
+        self._chunk = _READ_SIZE
+
+    def open(self, read_fd: int) -> None:
+        """Get ready to write; ``read_fd`` is watched along with the sink. A failure gives the sink up."""
+        if self._source is None or self._fd is not None:
+            return
+        try:
+            self._open(self._source)
+            if not self._watch(read_fd):
+                self._chunk = _READ_SIZE
+        except OSError as error:
+            self._give_up(error)
+
+    def offer(self, data: bytes) -> None:
+        """Take what may be taken; the rest is dropped and counted."""
+        if self._source is None:
+            return
+        room = 0 if self._fd is None else max(0, min(self._left, _PENDING_MAX - len(self.pending)))
+        if room < len(data):
+            self.dropped += len(data) - room
+            self._warn_once("the cap is reached" if room == self._left else "the sink is too slow")
+        self._left -= len(data[:room])
+        self.pending += data[:room]
+        while self._epoll is None and self.pending:
+            self.write()
+
+    async def wait(self) -> list[int]:
+        """Wait until the sink has room or the pipe has text; which of the descriptors it is."""
+        if self._epoll is None:
+            raise AssertionError("only a sink that can be watched has anything pending")
+        await anyio.wait_readable(self._epoll.fileno())
+        return [fd for fd, _events in self._epoll.poll(0)]
+
+    def write(self) -> None:
+        """Write once, without waiting; called when there is room or an error to be seen."""
+        if self._fd is None or not self.pending:
+            return
+        piece = bytes(self.pending[: self._chunk])
+        try:
+            if self._socket is not None:
+                count = self._socket.send(piece, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            else:
+                count = os.write(self._fd, piece)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) or self._epoll is None:
+                self._give_up(error)
+            return
+        del self.pending[:count]
+
+    def forget(self, read_fd: int) -> None:
+        """Watch the sink alone from now on."""
+        if self._epoll is not None:
+            self._epoll.unregister(read_fd)
+
+    def close(self) -> None:
+        """Release everything; what is pending is dropped and counted. Idempotent."""
+        self.dropped += len(self.pending)
+        self.pending.clear()
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _open(self, source: int) -> None:
+        mode = os.fstat(source).st_mode
+        terminal = os.isatty(source)
+        if stat.S_ISFIFO(mode) or terminal:
+            self._fd = _reopen(source)
+        if self._fd is None:
+            self._fd = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3)
+            if not stat.S_ISSOCK(mode):
+                self._chunk = 1 if terminal else select.PIPE_BUF
+        if stat.S_ISSOCK(mode):
+            self._socket = _socket_of(self._fd)
+
+    def _watch(self, read_fd: int) -> bool:
+        """Whether there is such a thing as waiting for room in this sink."""
+        if self._fd is None:
+            return False
+        epoll = select.epoll()
+        try:
+            epoll.register(self._fd, select.EPOLLOUT)
+            epoll.register(read_fd, select.EPOLLIN)
+        except PermissionError:
+            epoll.close()
+            return False
+        self._epoll = epoll
+        return True
+
+    def _give_up(self, error: OSError) -> None:
+        self._warn_once(f"the sink failed: {error.strerror}")
+        self.close()
+
+    def _warn_once(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning("console output is dropped", reason=reason)
+
+
+def _reopen(fd: int) -> int | None:
+    """Open the same pipe or terminal again, non-blocking; None if that cannot be done."""
+    info = os.fstat(fd)
+    if info.st_rdev == os.makedev(5, 2):  # ptmx, whose every opening makes a new terminal
+        return None
+    with suppress(OSError):
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    return None
+
+
+def _socket_of(fd: int) -> socket.socket:
+    """Wrap a socket without touching its flags, whatever default timeout the program has set."""
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    try:
+        return socket.socket(fileno=fd)
+    finally:
+        socket.setdefaulttimeout(default)
