@@ -1,0 +1,101 @@
+"""The grammar of the command line: what is refused with status 2, and that the version is cheap."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmactor import __version__
+from vmactor.cli import main, parser
+from vmactor.cli.exit_codes import MEANINGS
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("", "required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+        ("run", "required: CONFIG.json"),
+        ("run a.json b.json", "unrecognized arguments: b.json"),
+        ("run a.json --vmm bhyve", "invalid choice: 'bhyve'"),
+        ("run a.json --cpu-topology two", "invalid choice: 'two'"),
+        ("run a.json --memory 0", "'0' is not a whole number of 1 or more"),
+        ("run a.json --memory 1.5", "'1.5' is not a whole number of 1 or more"),
+        ("run a.json --hangup-timeout 0", "more than 0 seconds"),
+        ("run a.json --hangup-timeout nan", "'nan' is not a number of seconds"),
+        ("run a.json --hangup-timeout inf", "'inf' is not a number of seconds"),
+        ("run a.json --hangup-timeout soon", "'soon' is not a number of seconds"),
+        ("run a.json --cons x", "unrecognized arguments: --cons x"),
+        ("run a.json --json --console -", "give the console or log a file"),
+        ("run a.json --json --log -", "give the console or log a file"),
+        ("connect 2048", "required: PORT"),
+        ("connect x 5000", "'x' is not a whole number of 1 or more"),
+        ("connect 2048 -5", "'-5' is not a vsock port"),
+        ("connect 2048 4294967295", "'4294967295' is not a vsock port"),
+        ("connect 2048 5000 --quit-after -1", "'-1' is not a number of seconds"),
+        ("list 2048", "unrecognized arguments: 2048"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused_with_status_2(
+    line: str, why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(line.split())
+    except SystemExit as exit_:
+        code = exit_.code
+    said = capfd.readouterr()
+    assert (code, said.out) == (2, "")
+    assert why in said.err
+    assert "Traceback" not in said.err
+
+
+def test_options_arrive_as_they_were_meant() -> None:
+    line = (
+        "run a.json --name x --vmm qemu --cpu-topology match_host --memory 64 --console - --log l "
+        "--hangup-timeout 2.5 --state-dir /s"
+    )
+    args = parser.build().parse_args(line.split())
+    assert vars(args) == {
+        "command": "run",
+        "config": Path("a.json"),
+        "name": "x",
+        "vmm": "qemu",
+        "cpu_topology": "match_host",
+        "memory": 64,
+        "console": "-",
+        "log": "l",
+        "hangup_timeout": 2.5,
+        "state_dir": Path("/s"),
+        "json": False,
+    }
+
+
+@pytest.mark.parametrize("start", [["-m", "vmactor"], ["-c", "from vmactor.cli import main; main()"]])
+def test_the_version_comes_from_a_child_process_too(start: list[str]) -> None:
+    done = subprocess.run([sys.executable, *start, "--version"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"vmactor {__version__}\n", "")
+
+
+def test_help_lists_every_command_and_every_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{command} " in text for command in ("run", "connect", "list", "info", "demo"))
+    assert all(f"{code} {meaning}" in text for code, meaning in MEANINGS.items())
+
+
+def test_grammar_and_version_need_no_heavy_modules() -> None:
+    code = (
+        "import sys; from vmactor.cli import parser; parser.build(); "
+        "print(*(name for name in sys.modules if name.startswith('vmactor.cli.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"vmactor.cli.exit_codes", "vmactor.cli.parser", "vmactor.cli.stdio"}
+
+
+def test_lists_load_what_draws_only_for_a_terminal() -> None:
+    code = "import sys; import vmactor.cli.list_vms; print('vmactor.cli.drawing' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,100 @@
+"""``vmactor info``: what this host can do for VMs, what is chosen, and how to get more."""
+
+import argparse
+import dataclasses
+from functools import partial
+from typing import Any
+
+import anyio.to_thread
+
+from vmactor import __version__
+from vmactor.cli.exit_codes import ExitCode
+from vmactor.cli.lifetime import run_to_the_end
+from vmactor.cli.output import BAD, GOOD, brackets, paint, shown, to_json, wants_colour
+from vmactor.cli.stdio import STDOUT, Writer
+from vmactor.errors import VmactorError
+from vmactor.host import Finding, HostFacts, probe
+from vmactor.vmm.select import select
+
+
+def run(args: argparse.Namespace) -> ExitCode:
+    """Print what was found."""
+    return run_to_the_end(partial(_run, args), tells="ending")
+
+
+async def _run(args: argparse.Namespace) -> ExitCode:
+    facts = await anyio.to_thread.run_sync(probe)
+    found = describe(facts, args.vmm)
+    text = to_json(found) if args.json else for_people(found, colour=wants_colour(STDOUT))
+    await Writer(STDOUT).write(text.encode(errors="backslashreplace"))
+    return ExitCode.OK
+
+
+def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
+    """Everything in JSON-ready form: the host, each thing looked for, and the choice for ``vmm``.
+
+    ``selected`` is None where VMs cannot run; ``error`` then says why and what to do.
+    """
+    findings = {
+        field.name: _finding(value)
+        for field in dataclasses.fields(facts)
+        if isinstance(value := getattr(facts, field.name), Finding)
+    }
+    row: dict[str, Any] = {
+        "version": __version__,
+        "arch": facts.arch,
+        "cpus": facts.cpus,
+        "nested": facts.nested,
+        "findings": findings,
+        "wanted": vmm,
+        "selected": None,
+        "error": None,
+    }
+    try:
+        selection = select(vmm, facts)
+    except VmactorError as error:
+        row["error"] = str(error)
+    else:
+        row["selected"] = {
+            "driver": selection.driver.name,
+            "platform_version": selection.driver.platform_version,
+            "emulated": selection.driver.emulated,
+            "vsock": selection.vsock,
+            "reasons": list(selection.reasons),
+        }
+    return row
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    row = dataclasses.asdict(finding)
+    return {
+        key: value if value is None or isinstance(value, bool) else str(value) for key, value in row.items()
+    }
+
+
+def for_people(found: dict[str, Any], *, colour: bool = False) -> str:
+    """The same as lines; what was found is escaped where it was found."""
+    lines = [
+        f"vmactor {found['version']} on {shown(found['arch'])}, {found['cpus']} CPUs"
+        f"{', itself a VM' if found['nested'] else ''}",
+        "",
+    ]
+    for name, finding in found["findings"].items():
+        word = paint(
+            f"{'yes' if finding['usable'] else 'no':<4}", GOOD if finding["usable"] else BAD, on=colour
+        )
+        lines.append(f"{name.replace('_', '-'):<19} {word} {brackets(finding['found'])}")
+        if finding["advice"]:
+            lines.append(f"{'':<24} to have it: {brackets(finding['advice'])}")
+    lines.append("")
+    selected = found["selected"]
+    if selected is None:
+        lines += [f"No VM can run with --vmm {found['wanted']}.", f"  {brackets(found['error'])}"]
+    else:
+        pace = "emulated" if selected["emulated"] else "with hardware virtualization"
+        lines.append(
+            f"--vmm {found['wanted']} picks {selected['driver']} ({pace}; platform version "
+            f"{shown(selected['platform_version'])}) with {selected['vsock']} vsock:"
+        )
+        lines += [f"  - {brackets(reason)}" for reason in selected["reasons"]]
+    return "".join(f"{line}\n" for line in lines)

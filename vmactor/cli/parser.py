@@ -1,0 +1,157 @@
+"""The command line's grammar. Imports nothing heavy, so that ``--version`` and ``--help`` come at once."""
+
+import argparse
+import math
+from pathlib import Path
+
+from vmactor import __version__
+from vmactor.cli.exit_codes import MEANINGS
+
+VMMS = ("auto", "crosvm", "qemu", "simulated")
+CPU_TOPOLOGIES = ("one_cpu", "match_host")
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser of everything; ``command`` of its result names a module of this package."""
+    parser = argparse.ArgumentParser(
+        prog="vmactor",
+        description="Run virtual machines, and look at those that run.",
+        epilog=f"Exit status: {_exit_codes()}. More: docs/cli.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vmactor {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_connect(commands)
+    _add_list(commands)
+    _add_info(commands)
+    _add_demo(commands)
+    return parser
+
+
+_Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for its type
+
+
+def _add(commands: "_Commands[argparse.ArgumentParser]", name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+    )
+
+
+def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    run = _add(commands, "run", "run a VM to its end, and print what happens to it")
+    run.add_argument("config", metavar="CONFIG.json", type=Path, help="the VM's configuration")
+    run.add_argument("--name", help="the VM's name (default: the configuration's)")
+    _add_vmm(run)
+    run.add_argument(
+        "--cpu-topology", choices=CPU_TOPOLOGIES, help="how many virtual CPUs (default: the configuration's)"
+    )
+    run.add_argument(
+        "--memory", metavar="MIB", type=_positive_int, help="memory in MiB (default: the configuration's)"
+    )
+    run.add_argument(
+        "--console", metavar="FILE", help="copy the guest's console to a file; '-' is standard output"
+    )
+    run.add_argument("--log", metavar="FILE", help="copy the guest's log (hvc2) to a file; '-' likewise")
+    run.add_argument(
+        "--hangup-timeout",
+        metavar="S",
+        type=_positive_seconds,
+        help="kill the VM if its payload has not reported its start after S seconds (default: wait for ever)",
+    )
+    _add_state_dir(run)
+    _add_json(run, "print events as JSON, one object a line")
+
+
+def _add_connect(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    connect = _add(
+        commands, "connect", "join standard input and output to a vsock port of a running VM of this user"
+    )
+    connect.add_argument("cid", metavar="CID", type=_positive_int, help="which VM; 'vmactor list' shows them")
+    connect.add_argument("port", metavar="PORT", type=_port, help="vsock port in the guest, 1024 or above")
+    connect.add_argument(
+        "--quit-after",
+        metavar="S",
+        type=_seconds,
+        help="once standard input has ended, stop after S seconds in which the guest sent nothing (default: "
+        "wait until the guest closes)",
+    )
+    _add_state_dir(connect)
+
+
+def _add_list(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    listing = _add(commands, "list", "list the VMs of this user on this host, whoever manages them")
+    _add_state_dir(listing)
+    _add_json(listing, "print JSON, one VM a line")
+
+
+def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    info = _add(commands, "info", "tell what this host can do for VMs, what is chosen, and how to get more")
+    _add_vmm(info)
+    _add_json(info, "print one JSON object")
+
+
+def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    demo = _add(commands, "demo", "boot the small guest of this project and show the whole life of a VM")
+    demo.add_argument(
+        "--guest",
+        metavar="DIR",
+        type=Path,
+        help="where 'make guest' put the guest (default: $VMACTOR_GUEST, else build/guest)",
+    )
+    _add_vmm(demo)
+    _add_state_dir(demo)
+    _add_json(demo, "print events as JSON, one object a line")
+
+
+def _add_vmm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vmm", choices=VMMS, default="auto", help="which VMM (default: auto)")
+
+
+def _add_state_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        type=Path,
+        help="what this user's managers share (default: /run/vmactor for root, else "
+        "$XDG_RUNTIME_DIR/vmactor)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def _exit_codes() -> str:
+    return "; ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items())
+
+
+# -- Types; argparse puts the option's name in front of what they say ---------------------------------
+
+
+def _positive_int(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32 - 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a vsock port")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _positive_seconds(text: str) -> float:
+    if not (seconds := _seconds(text)):
+        raise argparse.ArgumentTypeError("has to be more than 0 seconds")
+    return seconds
