@@ -2,26 +2,32 @@
 
 A mailbox has two bounded lanes. Ordinary messages wait for room and are taken in the order in which they were
 accepted; control messages (kill, stop, and what an actor's own children report) overtake them and never wait.
-One task receives. Any task of the same event loop may send. Nothing here knows of virtual machines.
+One task receives, and closes the mailbox when it ends. Any task of the same event loop may send, but not a
+finalizer: the garbage collector runs that in the middle of anything. Let it schedule a callback on the loop.
 
 Promises: a message is delivered at most once; messages that one task sends on one lane arrive in its order;
-``ask`` always ends: with the reply, the actor's error, ``ActorDiedError`` or ``DeadlineExceededError``.
+nobody overtakes a sender that waits for room; ``ask`` always ends: with the reply, the actor's error,
+``MailboxFullError``, ``ActorDiedError`` or ``DeadlineExceededError``.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 import anyio
+import anyio.lowlevel
 
-from vmactor.errors import ActorDiedError, DeadlineExceededError, MailboxFullError
+from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
 
 R = TypeVar("R")
 M = TypeVar("M")
 
 CONTROL_CAPACITY: Final = 1024
 """Control messages that may wait at once; far above what children and clients of one actor send."""
+
+BURST: Final = 64
+"""Messages that a receiver takes without letting other tasks run."""
 
 
 class Request(Generic[R]):
@@ -44,7 +50,7 @@ class Reply:
         self.done = anyio.Event()
         self.abandoned = False
         self._value: object = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def answer(self, value: object = None) -> None:
         """Hand over the result."""
@@ -52,8 +58,8 @@ class Reply:
             self._value = value
             self.done.set()
 
-    def fail(self, error: BaseException) -> None:
-        """Hand over an error; it is raised in the asker's task."""
+    def fail(self, error: Exception) -> None:
+        """Hand over an error; it is raised in the asker's task, so it should be one of its own."""
         if not self.done.is_set():
             self._error = error
             self.done.set()
@@ -95,7 +101,10 @@ class Mailbox(Generic[M]):
     Attributes:
         name: Shown in errors.
         capacity: Ordinary messages that may wait at once.
-        late_replies: Answers that came after their asker had given up.
+        late_replies: Answers that came after their asker had given up; they were discarded.
+
+    Raises:
+        ValueError: The capacity is below 1.
     """
 
     def __init__(self, name: str, capacity: int = 64) -> None:
@@ -106,9 +115,11 @@ class Mailbox(Generic[M]):
         self.late_replies = 0
         self._control: deque[Envelope[M]] = deque()
         self._ordinary: deque[Envelope[M]] = deque()
-        self._senders: deque[_WaitingSender[M]] = deque()
+        # In order of arrival, and left at once by a cancelled sender: a stuck actor collects nothing.
+        self._senders: OrderedDict[_WaitingSender[M], None] = OrderedDict()
         self._open_replies: set[Reply] = set()
         self._arrival: anyio.Event | None = None
+        self._burst = 0
         self._closed: str | None = None
 
     def __repr__(self) -> str:
@@ -138,6 +149,9 @@ class Mailbox(Generic[M]):
     async def tell(self, message: M) -> None:
         """Leave an ordinary message, waiting for room as long as it takes.
 
+        A cancellation takes the message back, unless room was made for it in the same moment. Does not yield
+        to other tasks when there is room.
+
         Raises:
             ActorDiedError: The actor has ended, or ended while we waited; the message was not delivered.
         """
@@ -157,12 +171,14 @@ class Mailbox(Generic[M]):
 
         Args:
             message: The request.
-            timeout: Seconds for everything: room in the mailbox, the work, the reply.
+            timeout: Seconds for everything: room in the mailbox, the work, the reply. A reply that is there
+                counts, however late its asker gets to run.
             control: Use the lane that overtakes ordinary messages.
 
         Raises:
-            DeadlineExceededError: No reply in time; the request may still be carried out.
-            ActorDiedError: The actor ended without replying.
+            DeadlineExceededError: No reply in time. A request that was accepted may still be carried out.
+            MailboxFullError: The control lane is full; the request was not accepted.
+            ActorDiedError: The actor ended, or had ended, without replying.
             Exception: Whatever the actor answered as its error.
         """
         reply = Reply()
@@ -176,9 +192,11 @@ class Mailbox(Generic[M]):
                     await self._send(envelope)  # type: ignore[arg-type]
                 await reply.done.wait()
         except TimeoutError:
-            raise DeadlineExceededError(
-                f"{self.name} gave no answer to {type(message).__name__} in {timeout:g} s"
-            ) from None
+            if not reply.done.is_set():
+                raise DeadlineExceededError(
+                    f"{self.name} gave no answer to {type(message).__name__} in {timeout:g} s; "
+                    "it is stuck or has much to do"
+                ) from None
         finally:
             self._open_replies.discard(reply)
             reply.abandoned = not reply.done.is_set()
@@ -205,31 +223,45 @@ class Mailbox(Generic[M]):
             self._accept(self._ordinary, envelope)
             return
         sender = _WaitingSender(envelope)
-        self._senders.append(sender)
+        self._senders[sender] = None
         try:
             await sender.woken.wait()
-        except BaseException:
-            if not sender.woken.is_set():
-                self._senders.remove(sender)
-            raise
+        finally:
+            self._senders.pop(sender, None)
         if not sender.accepted:
             self._check_open()
 
     # -- Receiving -------------------------------------------------------------------------------
 
     async def receive(self) -> Envelope[M]:
-        """The next message, control messages first; for the one task that owns the mailbox."""
+        """The next message, control messages first; for the one task that owns the mailbox.
+
+        A cancelled receive takes nothing. Lets other tasks run when it waits, and after ``BURST`` messages
+        for which it did not have to.
+
+        Raises:
+            ActorDiedError: The mailbox is closed.
+            IllegalStateError: Another task is receiving.
+        """
+        if self._arrival is not None:
+            raise IllegalStateError(f"a task receives from the mailbox of {self.name} already: have one")
+        self._burst += 1
+        if self._burst > BURST:
+            self._burst = 0
+            await anyio.lowlevel.checkpoint()
         while True:
             if self._control:
                 return self._control.popleft()
             if self._ordinary:
                 envelope = self._ordinary.popleft()
                 if self._senders:
-                    sender = self._senders.popleft()
+                    sender, _ = self._senders.popitem(last=False)
                     self._ordinary.append(sender.envelope)
                     sender.accepted = True
                     sender.woken.set()
                 return envelope
+            self._check_open()
+            self._burst = 0
             self._arrival = anyio.Event()
             try:
                 await self._arrival.wait()
@@ -237,19 +269,26 @@ class Mailbox(Generic[M]):
                 self._arrival = None
 
     def answer(self, reply: Reply | None, value: object = None) -> None:
-        """Answer an ask; an asker that has given up is counted in ``late_replies``."""
+        """Answer an ask; None, of a tell, is allowed. Only the first answer counts."""
         if reply is not None:
-            self.late_replies += reply.abandoned
+            self._count_late(reply)
             reply.answer(value)
 
-    def refuse(self, reply: Reply | None, error: BaseException) -> None:
-        """Answer an ask with an error."""
+    def refuse(self, reply: Reply | None, error: Exception) -> None:
+        """Answer an ask with an error; the rest is as for ``answer``."""
         if reply is not None:
-            self.late_replies += reply.abandoned
+            self._count_late(reply)
             reply.fail(error)
 
+    def _count_late(self, reply: Reply) -> None:
+        if reply.abandoned and not reply.done.is_set():
+            self.late_replies += 1
+
     def close(self, why: str = "has ended") -> list[M]:
-        """Accept nothing more; every waiting asker and sender gets ``ActorDiedError``.
+        """Accept nothing more; every waiting asker, sender and receiver gets ``ActorDiedError``. Idempotent.
+
+        Args:
+            why: Completes the sentence that begins with the actor's name.
 
         Returns:
             The messages that were accepted and never received, control messages first.
@@ -258,8 +297,10 @@ class Mailbox(Generic[M]):
             return []
         self._closed = why
         left = [envelope.message for envelope in self._drain()]
-        for reply in list(self._open_replies):
+        for reply in self._open_replies:
             reply.fail(ActorDiedError(f"{self.name} {why}"))
+        if self._arrival is not None:
+            self._arrival.set()
         return left
 
     def _drain(self) -> Iterator[Envelope[M]]:
@@ -267,4 +308,4 @@ class Mailbox(Generic[M]):
             while lane:
                 yield lane.popleft()
         while self._senders:
-            self._senders.popleft().woken.set()
+            self._senders.popitem(last=False)[0].woken.set()

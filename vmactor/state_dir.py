@@ -9,19 +9,34 @@
 
 A directory whose CID nobody holds was left by a manager that crashed. It is never removed here, and its CID
 is not handed out again, because a VMM may still live in it.
+
+Nobody but the user (and root) can get in. A VM's own processes run as that user too, so a record is read with
+care: not through links, nothing but a plain file, no more than ``RECORD_SIZE`` bytes.
 """
 
 import json
 import os
 import shutil
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
-from vmactor.cid import LAST, CidPool
+import structlog
+
+from vmactor.cid import FIRST, LAST, CidPool
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, SecurityError
 
 SUN_PATH: Final = 107
 """Longest path of a unix socket, in bytes (sockaddr_un, without its NUL)."""
+
+RECORD_SIZE: Final = 64 * 1024
+"""Bytes of a VM's record; longer ones are refused when written and left out when read."""
+
+LONGEST_SOCKET: Final = f"vm/{LAST}/vsock_{2**32 - 1}"
+"""The longest name of a socket below the state directory: one for the highest vsock port."""
+
+log = structlog.get_logger()
 
 
 def default_path() -> Path:
@@ -46,24 +61,23 @@ class StateDirectory:
 
     Raises:
         IllegalArgumentError: The path is so long that sockets in it could not be bound.
-        SecurityError: The directory is not ours alone.
+        SecurityError: It, or ``vm`` in it, is not a directory of ours alone; nothing was changed.
         ResourceExhaustedError: It cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow symbolic links
-        longest = self.vm_directory(LAST) / f"vsock_{LAST}"
-        if len(os.fsencode(longest)) > SUN_PATH:
-            room = SUN_PATH - len(os.fsencode(longest)) + len(os.fsencode(self.path))
+        room = SUN_PATH - len(f"/{LONGEST_SOCKET}")
+        if len(os.fsencode(self.path)) > room:
             raise IllegalArgumentError(f"state directory {self.path} is too long: at most {room} bytes")
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_private(self.path)
-            (self.path / "vm").mkdir(mode=0o700, exist_ok=True)
-            _check_private(self.path / "vm")
-            self.cids = CidPool(self.path / "cids", usable=lambda cid: not self.vm_directory(cid).exists())
+            _make_private(self.path)
+            _make_private(self.path / "vm")
+            self.cids = CidPool(self.path / "cids", usable=self._is_free)
         except OSError as error:
             raise ResourceExhaustedError(f"cannot make the state directory {self.path}: {error}") from error
+        except ValueError as error:
+            raise IllegalArgumentError(f"{str(self.path)!r} is no path: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -93,40 +107,73 @@ class StateDirectory:
         return path
 
     def remove_vm_directory(self, cid: int) -> None:
-        """Remove a VM's directory and all that is in it."""
-        shutil.rmtree(self.vm_directory(cid), ignore_errors=True)
+        """Remove a VM's directory and all in it. Never raises; what could not be removed is logged."""
+        path = self.vm_directory(cid)
+        shutil.rmtree(path, ignore_errors=True)
+        if not self._is_free(cid):
+            log.error("cannot remove a VM's directory; its CID is not used again", cid=cid, path=str(path))
 
     def write_record(self, cid: int, record: dict[str, Any]) -> None:
         """Replace a VM's record in one step; readers see the old or the new one.
 
         Raises:
             OSError: No space or no descriptors; the old record stands.
+            IllegalArgumentError: Longer than ``RECORD_SIZE``; the old record stands.
         """
+        text = json.dumps(record)
+        if len(text) > RECORD_SIZE:
+            raise IllegalArgumentError(f"the record of CID {cid} is longer than {RECORD_SIZE} bytes")
         path = self.vm_directory(cid) / "record.json"
         new = path.with_suffix(".new")
-        new.write_text(json.dumps(record))
+        new.write_text(text)
         new.replace(path)
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all VMs, those of other managers included, by CID.
 
-        Each has ``alive`` added: whether its manager lives. Damaged records are left out.
+        Each has ``alive`` added: whether its manager lives. Directories without a proper record are left out,
+        and so is what comes or goes while we look. Never raises, unless the state directory is closed.
         """
-        found = []
-        for entry in (self.path / "vm").iterdir():
-            try:
-                record = json.loads((entry / "record.json").read_text())
-                cid = int(entry.name)
-            except (OSError, ValueError):
-                continue
-            if isinstance(record, dict) and record.get("cid") == cid:
-                found.append(record | {"alive": self.cids.is_held(cid)})
-        return sorted(found, key=lambda record: int(record["cid"]))
+        found = {}
+        for name in _names(self.path / "vm"):
+            cid = int(name) if name.isascii() and name.isdigit() and len(name) <= len(str(LAST)) else 0
+            if FIRST <= cid <= LAST:
+                record = _read_record(self.vm_directory(cid) / "record.json")
+                if record is not None and record.get("cid") == cid:
+                    found[cid] = record | {"cid": cid, "alive": self.cids.is_held(cid)}
+        return [found[cid] for cid in sorted(found)]
+
+    def _is_free(self, cid: int) -> bool:
+        return not os.path.lexists(self.vm_directory(cid))
 
 
-def _check_private(path: Path) -> None:
+def _names(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.iterdir()]
+    except OSError:  # somebody removed it: there is nothing in it
+        return []
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        with open(path, "rb", opener=_open_plainly) as file:
+            plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            data = file.read(RECORD_SIZE + 1) if plain else b""
+        record = json.loads(data) if len(data) <= RECORD_SIZE else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _open_plainly(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _make_private(path: Path) -> None:
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
     status = path.lstat()
-    if not path.is_dir() or path.is_symlink():
+    if not stat.S_ISDIR(status.st_mode):
         raise SecurityError(f"{path} is not a directory: remove it, or name another state directory")
     if status.st_uid != os.geteuid():
         raise SecurityError(f"{path} belongs to user {status.st_uid}: name another state directory")

@@ -1,9 +1,15 @@
 """Supervisors: who owns which tasks, how they end, and what their failure means.
 
-A supervisor starts children in order and stops them in reverse order, each within its own deadline: first it
-asks (if the child can be asked), then it cancels. Children do not see the cancellation of the code around the
-supervisor; only the supervisor ends them, so that the order holds then too. A child that ends, well or by an
-exception, is a decision: ignore it, or escalate, which ends the body and raises ``ChildFailedError`` from it.
+A supervisor is an async context manager. Children are started in order, each serving before the next. When
+the block is left they are stopped in reverse order, one after the other: a child that can be asked to end is
+asked and given its own deadline; then it is cancelled. Neither the body's end, nor its exception, nor a
+cancellation of the code around the supervisor reaches a child in any other way, so the order always holds.
+
+The end of a child that nobody stopped is a decision: ignore it, or escalate, which cancels the body, stops
+all children and raises ``ChildFailedError`` from the block, where the supervisor above decides in its turn.
+An exception of the body comes out as itself, not in an exception group.
+
+Cancellation is the last means: a child that shields itself from it holds up its supervisor for as long.
 """
 
 from collections.abc import Awaitable, Callable
@@ -15,6 +21,8 @@ from typing import Any, Final, Protocol, Self
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
+
+from vmactor.errors import IllegalStateError
 
 SHUTDOWN_SECONDS: Final = 5.0
 """How long a child may take to end after it was asked to, unless it says otherwise (OTP's default)."""
@@ -66,32 +74,56 @@ def escalate_failures(ended: ChildExit) -> Decision:
 
 
 class _Child:
+    """What a supervisor knows of a child; also the ``task_status`` that the child is given.
+
+    Attributes:
+        settled: Set when the child serves, or has ended without.
+    """
+
     def __init__(self, name: str, ask_to_stop: Callable[[], None] | None, shutdown: float) -> None:
         self.name = name
-        self.ask_to_stop = ask_to_stop
-        self.shutdown = shutdown
+        # The shield keeps away every cancellation but its own.
         self.scope = anyio.CancelScope(shield=True)
+        self.settled = anyio.Event()
         self.ended = anyio.Event()
+        self.serves = False
+        self.stopping = False
+        self.value: Any = None
+        self.error: Exception | None = None
+        self.task: int | None = None
+        self._ask_to_stop = ask_to_stop
+        self._shutdown = shutdown
+
+    def started(self, value: Any = None) -> None:
+        if self.serves:
+            raise RuntimeError(f"child {self.name} called started() twice")
+        self.serves = True
+        self.value = value
+        self.settled.set()
 
     async def stop(self) -> None:
-        if self.ask_to_stop is not None and not self.ended.is_set():
-            self.ask_to_stop()
-            with anyio.move_on_after(self.shutdown):
+        if self._ask():
+            with anyio.move_on_after(self._shutdown):
                 await self.ended.wait()
+        await self.cancel()
+
+    async def cancel(self) -> None:
+        self.stopping = True
         self.scope.cancel()
         await self.ended.wait()
 
-
-class _Started:
-    """Passes on a child's ``started()`` and remembers that it came."""
-
-    def __init__(self, inner: TaskStatus[Any]) -> None:
-        self._inner = inner
-        self.called = False
-
-    def started(self, value: Any = None) -> None:
-        self.called = True
-        self._inner.started(value)
+    def _ask(self) -> bool:
+        """Ask once, whoever and how many stop the child; False where asking is of no use."""
+        asked, self.stopping = self.stopping, True
+        stops_itself = self.task == anyio.get_current_task().id
+        if self._ask_to_stop is None or not self.serves or stops_itself:
+            return False
+        if not asked:
+            try:
+                self._ask_to_stop()
+            except Exception:  # whatever the reason, the child does not know: cancel it
+                return False
+        return True
 
 
 class Supervisor:
@@ -99,7 +131,12 @@ class Supervisor:
 
     Args:
         name: Shown in errors and reprs.
-        decide: Called with each child's end; see ``Decision``.
+        decide: Called with the end of each child that served and was not stopped, and with the failure of any
+            child that served; see ``Decision``. If it raises, that is an escalation.
+
+    Raises:
+        ChildFailedError: On leaving the block, if a child's end was escalated and the body raised nothing of
+            its own.
     """
 
     def __init__(self, name: str, decide: Callable[[ChildExit], Decision] = escalate_failures) -> None:
@@ -109,23 +146,31 @@ class Supervisor:
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup
         self._body: anyio.CancelScope
+        self._open = False
         self._failure: ChildFailedError | None = None
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.name} children=[{', '.join(self._children)}]>"
 
     async def __aenter__(self) -> Self:
-        self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        # As a plain callback it does not learn of the body's exception, which it would wrap into a group.
+        self._stack.push_async_callback(self._tasks.__aexit__, None, None, None)
         self._body = self._stack.enter_context(anyio.CancelScope())
-        self._stack.push_async_callback(self.stop_all)
+        self._stack.push_async_callback(self._stop_all)
+        self._open = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
+        self._open = False
         swallowed = await self._stack.__aexit__(kind, value, trace)
-        if self._failure is not None and (value is None or swallowed):
-            raise self._failure
+        if self._failure is not None:
+            if value is None or swallowed or isinstance(value, anyio.get_cancelled_exc_class()):
+                raise self._failure
+            value.add_note(f"{self._failure}: {self._failure.__cause__!r}")
         return swallowed
 
     @property
@@ -143,10 +188,15 @@ class Supervisor:
     ) -> Any:
         """Start a child and wait until it serves.
 
+        The child runs at least to its first checkpoint, so what it is given it can release. If this call is
+        cancelled, so is the child, and it has ended when the cancellation goes on.
+
         Args:
             name: Unique among the living children.
             run: The child.
-            ask_to_stop: Asks the child to end by itself; without it the child is cancelled at once.
+            ask_to_stop: Asks the child to end by itself; called once at most, by whoever stops the child
+                first, and only when the child serves. Without it, or if it raises, the child is cancelled at
+                once.
             shutdown: Seconds that it may take after being asked.
 
         Returns:
@@ -154,49 +204,83 @@ class Supervisor:
 
         Raises:
             ValueError: The name is taken.
+            IllegalStateError: The supervisor's block is not entered or being left; or the child ended, or was
+                stopped, before it served.
             Exception: The child failed before it served; that is the caller's affair, not a decision.
         """
+        if not self._open:
+            raise IllegalStateError(
+                f"{self.name} has no children now: start them inside its 'async with' block"
+            )
         if name in self._children:
             raise ValueError(f"{self.name} has a child {name} already")
-        child = _Child(name, ask_to_stop, shutdown)
-        self._children[name] = child
+        child = self._children[name] = _Child(name, ask_to_stop, shutdown)
+        # Not TaskGroup.start(): until the child serves, that cancels it as the backend likes (on asyncio past
+        # our shield, on trio not at all).
+        self._tasks.start_soon(self._run, child, run, name=f"{self.name}/{name}")
         try:
-            return await self._tasks.start(self._run, child, run, name=f"{self.name}/{name}")
-        finally:
-            if child.ended.is_set():
-                self._children.pop(name, None)
+            await child.settled.wait()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await child.cancel()
+            if child.error is not None and not child.serves:
+                raise child.error  # noqa: B904 - its own cause must stay
+            raise
+        if child.serves:
+            return child.value
+        if child.error is not None:
+            raise child.error
+        how = "was stopped" if child.stopping else "ended"
+        raise IllegalStateError(f"{self.name}: child {name} {how} before it served")
 
     async def stop(self, name: str) -> None:
-        """Stop one child and wait until it has ended; nothing happens if there is none of that name."""
+        """Stop one child and wait until it has ended; nothing happens if there is none of that name.
+
+        A child that is asked to end has its deadline; one that does not serve yet, or that stops itself, is
+        cancelled at once. Any number of tasks may stop a child. If this call is cancelled, the child may have
+        been asked and nothing more.
+        """
         child = self._children.get(name)
         if child is not None:
             await child.stop()
 
-    async def stop_all(self) -> None:
-        """Stop all children, the last one first; not interrupted by cancellation."""
+    async def _stop_all(self) -> None:
+        interruption: BaseException | None = None
         with anyio.CancelScope(shield=True):
             while self._children:
-                name, child = next(reversed(self._children.items()))
-                await child.stop()
-                self._children.pop(name, None)
+                try:
+                    await next(reversed(self._children.values())).stop()
+                except BaseException as caught:  # asyncio's Task.cancel() and timeout() mind no shield
+                    interruption = caught
+        if interruption is not None:
+            raise interruption
 
-    async def _run(self, child: _Child, run: ChildRun, *, task_status: TaskStatus[Any]) -> None:
-        started = _Started(task_status)
-        error: Exception | None = None
+    async def _run(self, child: _Child, run: ChildRun) -> None:
+        child.task = anyio.get_current_task().id
         try:
             with child.scope:
-                await run(task_status=started)
-        except Exception as caught:
-            if not started.called:
-                raise
-            error = caught
+                await run(task_status=child)
+        except Exception as caught:  # it is passed on: to start(), or as a decision
+            child.error = caught
+        except anyio.get_cancelled_exc_class():
+            if not child.stopping:  # asyncio's Task.cancel(), by somebody who knows nothing of supervisors
+                child.error = RuntimeError(f"the task of child {child.name} was cancelled from outside")
         finally:
+            # Together and without an await, so that the name is free for whoever waited for the end.
+            del self._children[child.name]
+            child.settled.set()
             child.ended.set()
-            if started.called:
-                self._children.pop(child.name, None)
-        if child.scope.cancel_called and error is None:
-            return
-        if self._decide(ChildExit(child.name, error)) is Decision.ESCALATE and self._failure is None:
-            self._failure = ChildFailedError(self.name, child.name)
-            self._failure.__cause__ = error
+        if child.serves and (child.error is not None or not child.stopping):
+            self._conclude(ChildExit(child.name, child.error))
+
+    def _conclude(self, ended: ChildExit) -> None:
+        cause = ended.error
+        try:
+            decision = self._decide(ended)
+        except Exception as fault:  # it becomes the escalation's cause
+            fault.add_note(f"while deciding about {ended!r}")
+            decision, cause = Decision.ESCALATE, fault
+        if decision is Decision.ESCALATE and self._failure is None:
+            self._failure = ChildFailedError(self.name, ended.name)
+            self._failure.__cause__ = cause
             self._body.cancel()
