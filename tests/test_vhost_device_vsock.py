@@ -11,12 +11,11 @@ import anyio
 import pytest
 
 import vmactor.vhost_device_vsock
+from tests.conftest import ROOT
 from vmactor.errors import DeadlineExceededError, IllegalArgumentError, VsockError
 from vmactor.process import ExitStatus
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vsock import HybridVsockTransport
-
-from .conftest import ROOT
 
 pytestmark = pytest.mark.anyio
 
