@@ -184,7 +184,6 @@ def test_a_duplicate_has_descriptors_of_its_own_that_are_closed_once(image: io.B
         assert copy.disks[1].partitions[0].writable
         assert len(copy.fds()) == 3
         assert fd not in copy.fds()
-        assert min(copy.fds()) > 2
         assert all(fcntl.fcntl(number, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for number in copy.fds())
         assert all(os.path.sameopenfile(number, fd) for number in copy.fds())
     assert not any(is_open(number) for number in copy.fds())
@@ -192,6 +191,17 @@ def test_a_duplicate_has_descriptors_of_its_own_that_are_closed_once(image: io.B
     copy.close()  # the number belongs to somebody else by now
     assert is_open(reused)
     os.close(reused)
+
+
+def test_a_duplicate_never_takes_the_place_of_a_standard_stream(image: io.BufferedRandom) -> None:
+    kept = os.dup(0)
+    os.close(0)  # the lowest free number, which a plain duplicate would get
+    try:
+        with config(kernel=image).duplicate() as copy:
+            assert min(copy.fds()) > 2
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
 
 
 def test_a_configuration_never_closes_what_it_borrows(image: io.BufferedRandom) -> None:
