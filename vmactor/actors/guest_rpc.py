@@ -21,10 +21,10 @@ from enum import StrEnum
 from typing import Protocol
 
 import anyio
-import structlog
 from anyio.abc import ByteStream
 
-from vmactor.errors import VmactorError
+from vmactor.errors import ResourceExhaustedError, VmactorError
+from vmactor.log import get_logger
 from vmactor.messagepack_rpc import CHUNK, BadMessageError, Call, CallDecoder, encode_answer
 from vmactor.messages import GuestReport, UnknownMethodError, decode_guest_report
 
@@ -157,7 +157,7 @@ class _Log:
     """A logger that a guest cannot make verbose."""
 
     def __init__(self, cid: int, limits: GuestRpcLimits, statistics: GuestRpcStatistics) -> None:
-        self._logger = structlog.get_logger("vmactor.guest_rpc").bind(cid=cid)
+        self._logger = get_logger(cid=cid)
         self._limits = limits
         self._statistics = statistics
         self._left = 0
@@ -206,8 +206,8 @@ class _Server:
                     stream = await self._listener.accept()
                 except anyio.ClosedResourceError:
                     break
-                except OSError as error:  # e.g. out of descriptors: ours to survive, not the guest's fault
-                    self._log.warning("cannot accept a guest's connection", error=str(error))
+                except ResourceExhaustedError as error:  # ours to survive: it may pass, the guest waits
+                    self._log.warning("cannot accept a guest's connection", error=error.message)
                     self._fruitless = True
                 else:
                     if (connection := self._admit(stream)) is not None:
