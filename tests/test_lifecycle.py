@@ -368,6 +368,11 @@ def test_suspending_twice_is_one_event() -> None:
     assert Answer("b") in actions
 
 
+def test_a_suspended_guest_is_not_asked_for_memory() -> None:
+    trim = TrimMemory(MemoryTrimLevel.TRIM_MEMORY_RUNNING_LOW)
+    assert kinds(transition(replace(RUNNING, suspended=True), trim, "r")[1]) == ["IllegalStateError"]
+
+
 def test_waiting_control_requests_are_bounded() -> None:
     life = RUNNING
     for number in range(MAX_CONTROLS):

@@ -1,3 +1,113 @@
-"""vmactor: virtual machines as supervised actors."""
+"""vmactor: virtual machines as supervised actors, for asyncio and trio programs.
+
+::
+
+    async with VirtualizationService() as service:
+        with load_config("vm.json") as config:
+            vm = await service.create_vm(config)
+        async with vm:
+            await vm.start()
+            print(await vm.wait())
+
+Everything that users need is here; modules below are details.
+"""
+
+from vmactor.actors.handle import VirtualMachine
+from vmactor.actors.service import VirtualizationService
+from vmactor.bus import Subscription
+from vmactor.config import DiskImage, Partition, RawConfig
+from vmactor.config_file import load_config
+from vmactor.errors import (
+    ActorDiedError,
+    DeadlineExceededError,
+    IllegalArgumentError,
+    IllegalStateError,
+    InvalidPayloadTransitionError,
+    MailboxFullError,
+    ResourceExhaustedError,
+    SecurityError,
+    ServiceSpecificError,
+    StartFailedError,
+    UnsupportedOperationError,
+    VmactorError,
+    VmmError,
+    VsockError,
+)
+from vmactor.messages import (
+    CpuTopology,
+    Created,
+    DeathReason,
+    Died,
+    ErrorCode,
+    Event,
+    Gap,
+    HungUp,
+    MemoryTrimLevel,
+    PartitionType,
+    PayloadError,
+    PayloadFinished,
+    PayloadReady,
+    PayloadStarted,
+    PayloadState,
+    Removed,
+    Resumed,
+    Started,
+    Suspended,
+    VirtualMachineDebugInfo,
+    VirtualMachineState,
+    VmInfo,
+    VsockMessage,
+)
+from vmactor.vsock import VsockAttribute, VsockListener, VsockStream
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ActorDiedError",
+    "CpuTopology",
+    "Created",
+    "DeadlineExceededError",
+    "DeathReason",
+    "Died",
+    "DiskImage",
+    "ErrorCode",
+    "Event",
+    "Gap",
+    "HungUp",
+    "IllegalArgumentError",
+    "IllegalStateError",
+    "InvalidPayloadTransitionError",
+    "MailboxFullError",
+    "MemoryTrimLevel",
+    "Partition",
+    "PartitionType",
+    "PayloadError",
+    "PayloadFinished",
+    "PayloadReady",
+    "PayloadStarted",
+    "PayloadState",
+    "RawConfig",
+    "Removed",
+    "ResourceExhaustedError",
+    "Resumed",
+    "SecurityError",
+    "ServiceSpecificError",
+    "StartFailedError",
+    "Started",
+    "Subscription",
+    "Suspended",
+    "UnsupportedOperationError",
+    "VirtualMachine",
+    "VirtualMachineDebugInfo",
+    "VirtualMachineState",
+    "VirtualizationService",
+    "VmInfo",
+    "VmactorError",
+    "VmmError",
+    "VsockAttribute",
+    "VsockError",
+    "VsockListener",
+    "VsockMessage",
+    "VsockStream",
+    "load_config",
+]

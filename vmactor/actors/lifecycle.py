@@ -430,6 +430,8 @@ def _hangup(life: Life) -> Step:
 def _control(life: Life, control: Control, reply: Hashable) -> Step:
     if life.phase is not Phase.RUNNING:
         return life, [Refuse(reply, IllegalStateError(NOT_RUNNING))]
+    if life.suspended and isinstance(control, TrimMemory):
+        return life, [Refuse(reply, IllegalStateError("VM is suspended and cannot give memory; resume it"))]
     if len(life.controls) >= MAX_CONTROLS:
         text = f"{MAX_CONTROLS} requests wait for this VM's VMM already; try again later"
         return life, [Refuse(reply, MailboxFullError(text))]

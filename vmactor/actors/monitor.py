@@ -15,10 +15,16 @@ from typing import Final
 import anyio
 from anyio.abc import TaskStatus
 
-from vmactor.actors.lifecycle import Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
+from vmactor.actors.lifecycle import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
 from vmactor.config import RawConfig
 from vmactor.console import Drain
-from vmactor.errors import DeadlineExceededError, ResourceExhaustedError, VmactorError, VmmError
+from vmactor.errors import (
+    DeadlineExceededError,
+    IllegalStateError,
+    ResourceExhaustedError,
+    VmactorError,
+    VmmError,
+)
 from vmactor.log import get_logger
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN
@@ -92,6 +98,7 @@ class Run:
     def __init__(self, spec: RunSpec, generation: int, post: Callable[[Message], None]) -> None:
         self.vmm: Vmm | None = None
         self.helper_pid: int | None = None
+        self._helper: VhostDeviceVsock | None = None
         self._spec = spec
         self._generation = generation
         self._post = post
@@ -106,6 +113,19 @@ class Run:
             self.vmm.kill()
         elif self._startup is not None:
             self._startup.cancel()
+
+    async def trim(self, percent: int) -> None:
+        """Have the balloon take a share of the guest's memory, if it says how much it has."""
+        vmm = self.running_vmm()
+        stats = await vmm.balloon_stats()
+        if stats is not None and stats.total_memory is not None:
+            await vmm.set_balloon(stats.total_memory * percent // 100)
+
+    def running_vmm(self) -> Vmm:
+        """The VMM. Raises IllegalStateError if it was not spawned yet."""
+        if self.vmm is None:
+            raise IllegalStateError(NOT_RUNNING)
+        return self.vmm
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """The supervisor's child; always reports ``RunEnded`` last."""
@@ -146,13 +166,13 @@ class Run:
                 with anyio.CancelScope() as self._startup:
                     if self._killed:
                         self._startup.cancel()
-                    helper = await self._start_helper(stack)
-                    self.vmm = await self._spawn(stack, pipes, helper)
+                    await self._start_helper(stack)
+                    self.vmm = await self._spawn(stack, pipes)
                 if self.vmm is None:
                     return VmmExit(UNKNOWN, DeathReason.KILLED, "stopped before its VMM was spawned")
                 pipes.close_write_ends()
                 self._post(VmmSpawned(self._generation, self.vmm.pid))
-                ended = await self._watch(self.vmm, helper)
+                ended = await self._watch(self.vmm)
                 self._post(VmmGone(self._generation))
                 return replace(self._failure, status=ended.status) if self._failure else ended
         except VmactorError as error:
@@ -162,19 +182,17 @@ class Run:
         finally:
             self.helper_pid = None
 
-    async def _start_helper(self, stack: AsyncExitStack) -> VhostDeviceVsock | None:
-        if self._spec.helper is None:
-            return None
-        helper = VhostDeviceVsock.spawn(self._spec.helper, self._spec.cid, self._spec.directory)
-        await stack.enter_async_context(_closing(helper))
-        self.helper_pid = helper.process.pid
-        return helper
+    async def _start_helper(self, stack: AsyncExitStack) -> None:
+        if self._spec.helper is not None:
+            self._helper = VhostDeviceVsock.spawn(self._spec.helper, self._spec.cid, self._spec.directory)
+            await stack.enter_async_context(_closing(self._helper))
+            self.helper_pid = self._helper.process.pid
 
-    async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes", helper: VhostDeviceVsock | None) -> Vmm:
+    async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes") -> Vmm:
         spec = self._spec
         device: VsockDevice
-        if helper is not None:
-            connection = await helper.connect()
+        if self._helper is not None:
+            connection = await self._helper.connect()
             stack.callback(os.close, connection)
             device = VhostUserVsock(connection)
         else:
@@ -185,11 +203,11 @@ class Run:
         await stack.enter_async_context(_closing(vmm))
         return vmm
 
-    async def _watch(self, vmm: Vmm, helper: VhostDeviceVsock | None) -> VmmExit:
+    async def _watch(self, vmm: Vmm) -> VmmExit:
         async with anyio.create_task_group() as watchers:
             watchers.start_soon(self._confirm, vmm)
-            if helper is not None:
-                watchers.start_soon(self._watch_helper, vmm, helper)
+            if self._helper is not None:
+                watchers.start_soon(self._watch_helper, vmm, self._helper)
             ended = await vmm.wait()
             watchers.cancel_scope.cancel()
         return ended
@@ -207,12 +225,13 @@ class Run:
             self._post(VmmRunning(self._generation))
 
     async def _watch_helper(self, vmm: Vmm, helper: VhostDeviceVsock) -> None:
-        status = await helper.process.wait()
+        status = await helper.wait()
         self.helper_pid = None
         with anyio.move_on_after(HELPER_GRACE):
             await vmm.wait()
             return
-        detail = f"the VM's vsock helper ended ({status}); the VM was killed, since nobody could reach it"
+        said = helper.complaints or "nothing"
+        detail = f"the VM's vsock helper ended ({status}), so the VM was killed; the helper said: {said}"
         log.error(
             "vsock helper ended before its VM", vm=self._spec.name, cid=self._spec.cid, status=str(status)
         )

@@ -15,6 +15,7 @@ from anyio.abc import TaskStatus
 
 from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.actors.lifecycle import (
+    NOT_RUNNING,
     Action,
     Answer,
     ArmHangup,
@@ -318,18 +319,15 @@ class _ControlRequest:
 
     async def _carry_out(self) -> None:
         run = self._actor.run_under_way
-        vmm = run.vmm if run is not None else None
-        if vmm is None:
-            raise IllegalStateError("VM is not running")
+        if run is None:
+            raise IllegalStateError(NOT_RUNNING)
         match self._control:
             case Suspend():
-                await vmm.suspend()
+                await run.running_vmm().suspend()
             case Resume():
-                await vmm.resume()
+                await run.running_vmm().resume()
             case TrimMemory(level):
-                stats = await vmm.balloon_stats()
-                if stats is not None and stats.total_memory is not None:
-                    await vmm.set_balloon(stats.total_memory * TRIM_PERCENT[level] // 100)
+                await run.trim(TRIM_PERCENT[level])
 
 
 def info_record(info: VmInfo) -> dict[str, Any]:
