@@ -5,7 +5,7 @@
  * As process 1 it mounts the kernel's file systems, loads the modules named in /modules and takes its script from the
  * kernel parameter vmactor.script; as an ordinary program it takes the script from its first argument. It speaks
  * MessagePack-RPC to the manager (host, port = own CID), and carries out further steps that the host sends as text
- * lines to vsock port 1000. guest/README.md describes the steps; the table at the end of this file lists them.
+ * lines to vsock port 5000. guest/README.md describes the steps; the table at the end of this file lists them.
  *
  * One process per connection keeps every step free to block. Nothing is allocated: all buffers have fixed sizes.
  */
@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <linux/input.h>
 #include <linux/reboot.h>
 #include <linux/vm_sockets.h>
 #include <poll.h>
@@ -40,9 +41,10 @@
 
 #define DEFAULT_SCRIPT "started;ready;serve"
 #define NO_MANAGER "MICRODROID_FAILED_TO_CONNECT_TO_VIRTUALIZATION_SERVICE"
+#define NOT_OURS "only the guest's first process stops the machine"
 
 enum {
-    STEP_PORT = 1000,
+    STEP_PORT = 5000,
     LINE_SIZE = 256 * 1024,
     ANSWER_SIZE = 64 * 1024,
     CONNECT_LIMIT_MS = 5000, /* how long the manager may take to be there */
@@ -51,6 +53,7 @@ enum {
     LINGER_MS = 100, /* for the last answer to leave before the machine stops */
 };
 
+static bool first; /* whether this is, or descends from, the guest's first process: only then may it stop the machine */
 static unsigned own_cid;
 static int client = -1; /* the connection that this process serves; -1 in the script */
 static int listener = -1;
@@ -96,8 +99,8 @@ static bool write_all(int fd, const void *data, size_t size) {
     return true;
 }
 
-static bool write_file(const char *path, const char *data) {
-    int fd = open(path, O_WRONLY | O_CREAT | O_NOCTTY | O_CLOEXEC, 0644);
+static bool write_file(const char *path, const char *data, int flags) {
+    int fd = open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC | flags, 0644);
     if (fd < 0) return false;
     bool written = write_all(fd, data, strlen(data)) && (fsync(fd) == 0 || errno == EINVAL || errno == EROFS);
     int error = errno;
@@ -130,6 +133,32 @@ static void load_modules(void) {
     fclose(list);
 }
 
+static pid_t button_watch;
+
+/* The host asks for an end by pressing the power button; nobody else is here to hear it. */
+static void watch_power_button(void) {
+    struct pollfd buttons[8];
+    nfds_t count = 0;
+    glob_t devices;
+    if (glob("/dev/input/event*", 0, NULL, &devices)) return;
+    for (size_t i = 0; i < devices.gl_pathc && count < 8; i++) {
+        int fd = open(devices.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+        if (fd >= 0) buttons[count++] = (struct pollfd){.fd = fd, .events = POLLIN};
+    }
+    globfree(&devices);
+    button_watch = fork();
+    if (button_watch == 0) {
+        struct input_event event;
+        while (poll(buttons, count, -1) >= 0)
+            for (nfds_t i = 0; i < count; i++)
+                if (buttons[i].revents && read(buttons[i].fd, &event, sizeof event) == sizeof event &&
+                    event.type == EV_KEY && event.code == KEY_POWER && event.value == 1)
+                    reboot(LINUX_REBOOT_CMD_POWER_OFF);
+        _exit(0);
+    }
+    for (nfds_t i = 0; i < count; i++) close(buttons[i].fd);
+}
+
 static void set_up_machine(void) {
     const char *systems[][2] = {{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}};
     for (size_t i = 0; i < 3; i++) {
@@ -142,8 +171,9 @@ static void set_up_machine(void) {
         if (console > 2) close(console);
     }
     mkdir("/tmp", 01777);
-    write_file("/proc/sys/kernel/sysrq", "1");
+    write_file("/proc/sys/kernel/sysrq", "1", 0);
     load_modules();
+    watch_power_button();
     setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin", 1);
 }
 
@@ -152,7 +182,7 @@ static _Noreturn void rest_for_ever(void) {
 }
 
 static _Noreturn void stop_machine(int command) {
-    if (geteuid() != 0 || reboot(command)) exit(1);
+    if (!first || reboot(command)) exit(1);
     rest_for_ever();
 }
 
@@ -197,7 +227,7 @@ static int dial_manager(void) {
         int error = errno;
         if (now_ms() >= deadline) {
             dprintf(2, "vmactor-agent: no manager at host port %u: %s\n", own_cid, strerror(error));
-            if (!write_file("/dev/ttyS1", NO_MANAGER)) dprintf(2, "vmactor-agent: no failure port\n");
+            if (first && !write_file("/dev/ttyS1", NO_MANAGER, 0)) dprintf(2, "vmactor-agent: no failure port\n");
             stop_machine(LINUX_REBOOT_CMD_POWER_OFF);
         }
         usleep(100 * 1000);
@@ -395,27 +425,36 @@ static bool do_error(char *rest, struct text *answer) {
 }
 
 static bool do_poweroff(char *rest, struct text *answer) {
-    (void)rest, (void)answer;
+    (void)rest;
+    if (!first) return fail_with(answer, NOT_OURS);
     answer_before_the_end();
     stop_machine(LINUX_REBOOT_CMD_POWER_OFF);
 }
 
 static bool do_reboot(char *rest, struct text *answer) {
-    (void)rest, (void)answer;
+    (void)rest;
+    if (!first) return fail_with(answer, NOT_OURS);
     answer_before_the_end();
     stop_machine(LINUX_REBOOT_CMD_RESTART);
 }
 
 static bool do_panic(char *rest, struct text *answer) {
     (void)rest;
+    if (!first) return fail_with(answer, NOT_OURS);
     answer_before_the_end();
-    write_file("/proc/sysrq-trigger", "c");
+    write_file("/proc/sysrq-trigger", "c", 0);
     return fail(answer, "/proc/sysrq-trigger");
 }
 
 static bool do_hang(char *rest, struct text *answer) {
     (void)rest, (void)answer;
     rest_for_ever();
+}
+
+static bool do_deaf(char *rest, struct text *answer) {
+    (void)rest;
+    if (button_watch <= 0) return fail_with(answer, "nothing listens to a power button");
+    return kill(button_watch, SIGKILL) == 0 || fail(answer, "kill");
 }
 
 static bool do_sleep(char *rest, struct text *answer) {
@@ -432,7 +471,7 @@ static bool do_print(char *rest, struct text *answer) {
 }
 
 static bool do_failure(char *rest, struct text *answer) {
-    return write_file("/dev/ttyS1", rest) || fail(answer, "/dev/ttyS1");
+    return write_file("/dev/ttyS1", rest, 0) || fail(answer, "/dev/ttyS1");
 }
 
 static bool do_log(char *rest, struct text *answer) {
@@ -494,7 +533,7 @@ static bool do_read(char *rest, struct text *answer) {
 
 static bool do_write(char *rest, struct text *answer) {
     char *path = strsep(&rest, " ");
-    return write_file(path, rest ? rest : "") || fail(answer, path);
+    return write_file(path, rest ? rest : "", O_CREAT) || fail(answer, path);
 }
 
 static bool do_uname(char *rest, struct text *answer) {
@@ -578,6 +617,7 @@ static bool do_exec(char *rest, struct text *answer) {
  * about 200 ms each run out, and the machine acts as it was told to on a watchdog. */
 static bool do_watchdog(char *rest, struct text *answer) {
     (void)rest;
+    if (!first) return fail_with(answer, NOT_OURS);
     glob_t devices;
     char path[256], device[16], line[128];
     if (glob("/sys/bus/pci/devices/*", 0, NULL, &devices)) return fail_with(answer, "no PCI bus");
@@ -589,7 +629,7 @@ static bool do_watchdog(char *rest, struct text *answer) {
         fclose(file);
         if (!read || strncmp(device, "0x25ab", 6)) continue;
         snprintf(path, sizeof path, "%s/enable", devices.gl_pathv[i]);
-        if (!write_file(path, "1")) return fail(answer, path);
+        if (!write_file(path, "1", 0)) return fail(answer, path);
         snprintf(path, sizeof path, "%s/resource", devices.gl_pathv[i]);
         if (!(file = fopen(path, "re")) || !fgets(line, sizeof line, file)) return fail(answer, path);
         fclose(file);
@@ -621,13 +661,13 @@ static const struct step {
     const char *name;
     bool (*act)(char *rest, struct text *answer);
 } steps[] = {
-    {"cid", do_cid}, {"dial", do_dial}, {"echo", do_echo}, {"error", do_error},
-    {"exec", do_exec}, {"failure", do_failure}, {"finished", do_finished}, {"flood", do_flood},
-    {"hang", do_hang}, {"log", do_log}, {"panic", do_panic}, {"poweroff", do_poweroff},
-    {"print", do_print}, {"raw", do_raw}, {"read", do_read}, {"ready", do_ready},
-    {"reboot", do_reboot}, {"serve", do_serve}, {"sleep", do_sleep}, {"spam", do_spam},
-    {"started", do_started}, {"stream", do_stream}, {"uname", do_uname}, {"watchdog", do_watchdog},
-    {"write", do_write},
+    {"cid", do_cid}, {"deaf", do_deaf}, {"dial", do_dial}, {"echo", do_echo},
+    {"error", do_error}, {"exec", do_exec}, {"failure", do_failure}, {"finished", do_finished},
+    {"flood", do_flood}, {"hang", do_hang}, {"log", do_log}, {"panic", do_panic},
+    {"poweroff", do_poweroff}, {"print", do_print}, {"raw", do_raw}, {"read", do_read},
+    {"ready", do_ready}, {"reboot", do_reboot}, {"serve", do_serve}, {"sleep", do_sleep},
+    {"spam", do_spam}, {"started", do_started}, {"stream", do_stream}, {"uname", do_uname},
+    {"watchdog", do_watchdog}, {"write", do_write},
 };
 
 static bool do_step(char *line, struct text *answer) {
@@ -683,7 +723,7 @@ static _Noreturn void serve_connection(void) {
 static bool do_serve(char *rest, struct text *answer) {
     (void)rest;
     if (client >= 0) return fail_with(answer, "already serving");
-    if (listener < 0) return fail_with(answer, "vsock port 1000 could not be opened");
+    if (listener < 0) return fail_with(answer, "vsock port 5000 could not be opened");
     pid_t pid = fork();
     if (pid < 0) return fail(answer, "fork");
     if (pid) {
@@ -735,7 +775,7 @@ static const char *script_of_kernel(void) {
 }
 
 int main(int argc, char **argv) {
-    bool first = getpid() == 1;
+    first = getpid() == 1;
     if (first) set_up_machine();
     signal(SIGPIPE, SIG_IGN);
     learn_own_cid();

@@ -40,6 +40,8 @@ MODULES: Final = (
     "virtio_blk",
     "pvpanic-pci",
     "pvpanic-mmio",
+    "button",
+    "evdev",
 )
 PYTHON_PACKAGES: Final = (
     "python3.11-minimal",
