@@ -233,7 +233,7 @@ async def test_a_guest_that_writes_for_ever_fills_nothing_and_can_be_stopped(
     service: VirtualizationService, guest_dir: Path, tmp_path: Path
 ) -> None:
     with (tmp_path / "console").open("wb") as console:
-        async with await create(service, guest_dir, "started;spam", console=console.fileno()) as vm:
+        async with await create(service, guest_dir, "started;spam;serve", console=console.fileno()) as vm:
             with vm.events() as events:
                 await vm.start()
                 await until(events, "payload_started")
