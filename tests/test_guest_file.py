@@ -255,7 +255,8 @@ class ScriptedHost:
                 held.append(stream := await self._listener.accept())
                 self.requests.append(msgpack.unpackb(await stream.receive()))
                 if answer is not None:
-                    await stream.send(answer)
+                    with contextlib.suppress(anyio.BrokenResourceError):  # it need not hear all of it
+                        await stream.send(answer)
                     await stream.aclose()
             await anyio.sleep_forever()
         finally:
