@@ -51,6 +51,14 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
             return "trio", {"clock": MockClock(autojump_threshold=0)}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _uvloop_has_run_once() -> None:
+    """The first uvloop of a process opens a pipe that it never closes; that is not the first test's doing."""
+    import uvloop
+
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test after which processes, descriptors or threads are left."""

@@ -27,9 +27,9 @@ def children() -> dict[int, str]:
 def descriptors() -> dict[int, str]:
     """Every open descriptor and what it is."""
     found = {}
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - iterdir would hold a descriptor meanwhile
         try:
-            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+            found[int(entry)] = str(Path("/proc/self/fd", entry).readlink())
         except FileNotFoundError:
             continue
     return found

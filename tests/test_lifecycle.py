@@ -454,7 +454,7 @@ def test_no_order_of_messages_breaks_the_rules(messages: list[Message], hangup: 
         for action in actions:
             if isinstance(action, Answer | Refuse) and action.reply is not None:
                 assert action.reply in open_asks, "answered twice, or never asked"
-                open_asks.remove(action.reply)  # type: ignore[arg-type]
+                open_asks.remove(action.reply)
         history += actions
     names = kinds(history)
     assert names.count("died") + names.count("removed") <= 1

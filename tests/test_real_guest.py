@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from pathlib import Path
 
 import anyio
@@ -81,7 +80,7 @@ async def test_a_whole_good_life(service: VirtualizationService, guest_dir: Path
             await agent(vm, "ready")
             states.append(vm.state)
             assert await agent(vm, "echo hello") == "ok hello"
-            async with aclosing(vm.listen_vsock(7000)) as listener, anyio.create_task_group() as dial:
+            async with vm.listen_vsock(7000) as listener, anyio.create_task_group() as dial:
                 dial.start_soon(_answer_one, listener)
                 assert await agent(vm, "dial 7000 over here") == "ok heard: over here"
             assert (await agent(vm, "ready")).startswith("error")

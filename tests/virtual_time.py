@@ -5,7 +5,7 @@ import selectors
 from typing import Any
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     """Instead of waiting for a timeout, adds it to ``now``."""
 
     def __init__(self) -> None:

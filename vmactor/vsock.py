@@ -19,7 +19,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, Self
 
 import anyio
 import anyio.lowlevel
@@ -225,6 +225,12 @@ class VsockListener:
 
     def __repr__(self) -> str:
         return f"<VsockListener port={self.port} refused={self.refused}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     async def accept(self) -> VsockStream:
         """Wait for the guest's next connection. Connections of others are closed, counted and logged.
