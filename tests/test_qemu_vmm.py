@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from tests.qmp_peer import GREETING, QmpPeer, connected
@@ -103,13 +104,13 @@ class Fake:
 
 
 @asynccontextmanager
-async def fake(directory: Path, *, started: bool = True) -> AsyncIterator[Fake]:
+async def fake(directory: Path, *, started: bool = True, freeze: bool = False) -> AsyncIterator[Fake]:
     read, write = os.pipe()
     process = Process.spawn(["/bin/sh", "-c", "read code && exit $code"], stdin=read)
     os.close(read)
     try:
         async with connected(directory) as (stream, peer):
-            vmm = QemuVmm(process, stream, memory=512 * MIB, socket_path=directory / "qmp")
+            vmm = QemuVmm(process, stream, memory=512 * MIB, socket_path=directory / "qmp", freeze=freeze)
             it = Fake(vmm, peer, lambda code: (os.write(write, f"{code}\n".encode()), None)[1])
             try:
                 if started:
@@ -278,6 +279,30 @@ async def test_requests_work_whether_or_not_somebody_waits_for_the_end(
         await getattr(it.vmm, method)()
         it.vmm.kill()
         await it.peer.stream.aclose()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def test_beside_a_helper_the_whole_process_is_stopped_and_set_going_again(short_dir: Path) -> None:
+    async with fake(short_dir, freeze=True) as it, anyio.create_task_group() as tasks:
+        tasks.start_soon(it.peer.expect, "query-status")
+        await it.vmm.suspend()
+        while state_of(it.vmm.pid) != "T":
+            await anyio.lowlevel.checkpoint()
+        for request in (it.vmm.request_shutdown, it.vmm.balloon_stats, it.vmm.suspend):
+            with pytest.raises(VmmError, match=r"the VM is suspended, .*; resume it first"):
+                await request()
+        tasks.start_soon(it.peer.expect, "cont")
+        await it.vmm.resume()
+        while state_of(it.vmm.pid) == "T":
+            await anyio.lowlevel.checkpoint()
+        tasks.start_soon(it.peer.expect, "query-status")
+        await it.vmm.suspend()
+        it.vmm.kill()
+        await it.peer.stream.aclose()
+        assert (await it.vmm.wait()).reason is DeathReason.KILLED
 
 
 async def test_requests_to_a_stuck_one_end_in_a_deadline_and_a_kill_still_works(

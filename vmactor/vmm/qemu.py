@@ -29,7 +29,7 @@ from vmactor.host import HostFacts
 from vmactor.messages import CpuTopology
 from vmactor.process import Process
 from vmactor.text import qemu_value
-from vmactor.vmm.driver import KernelVsock, Launch
+from vmactor.vmm.driver import KernelVsock, Launch, VhostUserVsock
 from vmactor.vmm.qemu_vmm import QemuVmm, remove_socket
 
 PLATFORM_VERSION: Final = "1.0.0"
@@ -196,7 +196,8 @@ class QemuDriver:
                     raise StartFailedError(f"cannot start QEMU: {error}{_hint(error)}") from error
             undo.pop_all()
         memory = (config.memory_mib or DEFAULT_MEMORY_MIB) * _MIB
-        return QemuVmm(process, stream, memory=memory, socket_path=path)
+        freeze = isinstance(launch.vsock, VhostUserVsock)
+        return QemuVmm(process, stream, memory=memory, socket_path=path, freeze=freeze)
 
 
 def _read_only(config: RawConfig, stack: ExitStack) -> RawConfig:

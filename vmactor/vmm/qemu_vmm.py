@@ -8,6 +8,7 @@ How it ended is decided by two witnesses: the exit status, which is always true 
 shutdown, a reboot and a panic), and QEMU's last events, which say which of these it was.
 """
 
+import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ def death_reason(status: ExitStatus, witness: Witness, *, running: bool) -> Deat
 class QemuVmm:
     """A QEMU process; made by ``QemuDriver.spawn``, released by ``aclose``. A ``Vmm``."""
 
-    def __init__(self, process: Process, stream: ByteStream, *, memory: int, socket_path: Path) -> None:
+    def __init__(
+        self, process: Process, stream: ByteStream, *, memory: int, socket_path: Path, freeze: bool = False
+    ) -> None:
         """Take over a process and the connection to its control socket.
 
         Args:
@@ -105,12 +108,15 @@ class QemuVmm:
             stream: Connected to its QMP socket.
             memory: The guest's memory in bytes.
             socket_path: Where the socket is; removed in the end.
+            freeze: Whether to suspend by stopping the whole process; see ``suspend``.
         """
         self._process = process
         self._witness = Witness()
         self._qmp = QmpClient(stream, self._witness.hear)
         self._memory = memory
         self._socket_path = socket_path
+        self._freeze = freeze
+        self._frozen = False
         self._running = False
         self._refusal: str | None = None
         self._starting = anyio.Lock()
@@ -195,11 +201,30 @@ class QemuVmm:
     # -- Requests ----------------------------------------------------------------------------------
 
     async def suspend(self) -> None:
-        """Pause the virtual CPUs. Raises VmmError or DeadlineExceededError (5 s)."""
-        await self._request("stop")
+        """Pause the virtual CPUs.
+
+        Beside a vhost-user vsock helper it is QEMU's process that is stopped. A paused QEMU would stop the
+        device's rings, and vhost-device-vsock (0.3.0) does not survive it if the host sends or closes
+        anything then: its worker thread ends, and no vsock works after ``resume``. In a stopped process the
+        rings stay. The price: other requests are refused until ``resume``, and the guest's clock goes on.
+
+        Raises:
+            VmmError: QEMU refused, or has ended.
+            DeadlineExceededError: No answer within 5 s.
+        """
+        if not self._freeze:
+            await self._request("stop")
+            return
+        # An answer first, so that requests under way are served, and a dead QEMU is no success.
+        await self._request("query-status")
+        self._process.send_signal(signal.SIGSTOP)
+        self._frozen = True
 
     async def resume(self) -> None:
         """Let the virtual CPUs run again. Raises VmmError or DeadlineExceededError (5 s)."""
+        if self._frozen:
+            self._process.send_signal(signal.SIGCONT)
+            self._frozen = False
         await self._request("cont")
 
     async def request_shutdown(self) -> None:
@@ -281,6 +306,8 @@ class QemuVmm:
         await self._request("qom-set", arguments)
 
     async def _request(self, command: str, arguments: Json | None = None) -> Any:
+        if self._frozen:
+            raise VmmError(f"the VM is suspended, and QEMU cannot do {command} meanwhile; resume it first")
         return await self._qmp.execute(command, arguments, timeout=REQUEST_TIMEOUT)
 
 
