@@ -79,8 +79,14 @@ def _write_stderr(text: str) -> None:
 
 
 def print_error(message: str) -> None:
-    """The one form of an error: what went wrong and what to do."""
-    to_stderr(f"vmactor: error: {shown(message, limit=4096)}")
+    """The one form of an error: what went wrong and what to do.
+
+    Messages have escaped what they quote already; escaping them once more must not double their backslashes.
+    """
+    lines = [brackets(shown(line, limit=4096).replace(2 * "\\", "\\")) for line in message.splitlines()] or [
+        ""
+    ]
+    to_stderr("\n  ".join(["vmactor: error: " + lines[0], *lines[1:]]))
 
 
 def to_json(row: Mapping[str, Any]) -> str:

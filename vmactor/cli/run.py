@@ -45,10 +45,8 @@ async def _run(args: argparse.Namespace) -> ExitCode:
 
 @contextmanager
 def _configuration(args: argparse.Namespace) -> Iterator[RawConfig]:
-    with load_config(args.config) as config:
+    with load_config(args.config, name=args.name) as config:
         changes: dict[str, object] = {}
-        if args.name is not None:
-            changes["name"] = args.name
         if args.memory is not None:
             changes["memory_mib"] = args.memory
         if args.cpu_topology is not None:
