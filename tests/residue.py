@@ -57,7 +57,7 @@ class Residue:
             lines += [
                 f"descriptor {fd}: {target}"
                 for fd, target in descriptors().items()
-                if before_fds.get(fd) != target and "pytest" not in target and not target.startswith("/dev/pts")
+                if before_fds.get(fd) != target and not target.startswith("/dev/pts")
             ]
             lines += [f"thread {name}" for name in threads() - before_threads]
             if not lines:

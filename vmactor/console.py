@@ -22,12 +22,13 @@ from typing import Final
 
 import anyio
 import anyio.lowlevel
-import structlog
+
+from vmactor.log import get_logger
 
 _READ_SIZE: Final = 65536
 _PENDING_MAX: Final = 4 * _READ_SIZE
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 
 class Drain:

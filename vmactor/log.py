@@ -1,9 +1,9 @@
 """Logging as a library should: through the standard library's logger ``vmactor``, until told otherwise.
 
-Lines are events with bound values (vm, cid, generation). An embedding program that has configured structlog gets
-them through its own processors; any other gets standard log records whose text is ``event key=value ...`` and
-whose attribute ``vmactor`` holds the values. Nothing is configured at import, and without any configuration only
-warnings and errors are seen, on standard error.
+Lines are events with bound values (vm, cid, generation). An embedding program that has configured
+structlog gets them through its own processors. Any other gets standard log records whose text is ``event
+key=value`` and whose attribute ``vmactor`` holds the values. Nothing is configured at import; without any
+configuration only warnings and errors are seen, on standard error.
 """
 
 import logging

@@ -29,16 +29,16 @@ from typing import Final, Self
 
 import anyio
 import anyio.lowlevel
-import structlog
 
 from vmactor.errors import IllegalArgumentError
+from vmactor.log import get_logger
 
 REAP_SECONDS: Final = 10.0
 """How long ``aclose`` waits for a killed process. Only one stuck inside the kernel takes longer."""
 
 _REAP_RETRY_SECONDS: Final = 0.01
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)

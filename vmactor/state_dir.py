@@ -22,10 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
-import structlog
-
 from vmactor.cid import FIRST, LAST, CidPool
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, SecurityError
+from vmactor.log import get_logger
 
 SUN_PATH: Final = 107
 """Longest path of a unix socket, in bytes (sockaddr_un, without its NUL)."""
@@ -36,7 +35,7 @@ RECORD_SIZE: Final = 64 * 1024
 LONGEST_SOCKET: Final = f"vm/{LAST}/vsock_{2**32 - 1}"
 """The longest name of a socket below the state directory: one for the highest vsock port."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def default_path() -> Path:

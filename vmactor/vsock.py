@@ -23,7 +23,6 @@ from typing import Any, Final, Literal, Protocol, Self
 
 import anyio
 import anyio.lowlevel
-import structlog
 from anyio.abc import ByteStream
 
 from vmactor.errors import (
@@ -33,6 +32,7 @@ from vmactor.errors import (
     UnsupportedOperationError,
     VsockError,
 )
+from vmactor.log import get_logger
 
 FIRST_UNPRIVILEGED_PORT: Final = 1024
 MAX_PORT: Final = 2**32 - 2
@@ -46,7 +46,7 @@ _HYBRID_ANSWER_MAX: Final = len("OK 4294967295\n")
 _HYBRID_ANSWER = re.compile(rb"OK \d+\n")
 _LONGEST_SUFFIX: Final = f"_{MAX_PORT}"
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 
 class VsockAttribute(anyio.TypedAttributeSet):

@@ -14,6 +14,7 @@ import anyio
 from anyio import from_thread
 from anyio.lowlevel import EventLoopToken, current_token
 
+from vmactor.actors.guest_rpc import GuestRpcStatistics
 from vmactor.actors.lifecycle import NOT_RUNNING, Resume, Start, Stop, Suspend, TrimMemory
 from vmactor.actors.vm import VmActor
 from vmactor.bus import Bus, Subscription
@@ -73,6 +74,11 @@ class VirtualMachine:
     def info(self) -> VmInfo:
         """Everything the actor last published; costs nothing and never waits."""
         return self._actor.info
+
+    @property
+    def guest_calls(self) -> GuestRpcStatistics:
+        """What came in at this VM's RPC server: connections, calls, and what was refused, and why."""
+        return self._actor.guest_calls
 
     @property
     def state(self) -> VirtualMachineState:

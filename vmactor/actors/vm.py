@@ -13,7 +13,7 @@ from typing import Any, Final
 import anyio
 from anyio.abc import TaskStatus
 
-from vmactor.actors.guest_rpc import serve_guest_rpc
+from vmactor.actors.guest_rpc import GuestRpcStatistics, serve_guest_rpc
 from vmactor.actors.lifecycle import (
     NOT_RUNNING,
     Action,
@@ -99,6 +99,7 @@ class VmActor:
         mailbox: How to speak to it.
         run_under_way: The current run, while there is one.
         ended: Set when the VM will never change again and nothing of it is left.
+        guest_calls: What came in at the guest's RPC server, refused connections and calls included.
         created_seq: The bus's number of this VM's ``created`` event.
     """
 
@@ -110,6 +111,7 @@ class VmActor:
         self.created_seq = 0
         self._spec = spec
         self._context = context
+        self.guest_calls = GuestRpcStatistics()
         self._life = Life(hangup_timeout)
         self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
         self._started_at = 0.0
@@ -294,7 +296,13 @@ class _GuestRpc:
 
     async def __call__(self, *, task_status: TaskStatus[None]) -> None:
         task_status.started()
-        await serve_guest_rpc(self._actor._context.listener, self._report, cid=self._actor.info.cid)  # noqa: SLF001
+        actor = self._actor
+        await serve_guest_rpc(
+            actor._context.listener,  # noqa: SLF001 - part of the actor
+            self._report,
+            cid=actor.info.cid,
+            statistics=actor.guest_calls,
+        )
 
     async def _report(self, report: GuestReport) -> None:
         await self._actor.mailbox.ask(GuestReported(self._generation, report), timeout=REPORT_SECONDS)

@@ -1,8 +1,8 @@
 """What a VMM driver is: a small protocol, one file per VMM.
 
-A driver is stateless. Its ``command_line`` is a pure function of the launch and of the host facts that the driver
-was made with, so it can be tested against the references' tables. ``spawn`` gives a ``Vmm``: one running process
-and its control socket. Nothing here knows of actors.
+A driver is stateless. Its ``command_line`` is a pure function of the launch and of the host facts that
+the driver was made with, so it can be tested against the references' tables. ``spawn`` gives a ``Vmm``:
+one running process and its control socket. Nothing here knows of actors.
 """
 
 from dataclasses import dataclass
