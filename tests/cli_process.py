@@ -45,17 +45,20 @@ class Cli:
             out, err = process.communicate(given, timeout=SECONDS)
         return process.returncode, (out or b"").decode(), (err or b"").decode()
 
-    def left(self) -> list[str]:
-        """Processes and files that should be gone."""
-        mark = self._mark.encode()
-        found = [str(path) for path in self.state_dir.glob("vm/*")]
+    def processes(self) -> dict[int, str]:
+        """Everything that was started from here, directly or not, and lives."""
+        mark, found = self._mark.encode(), {}
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
         return found
+
+    def left(self) -> list[str]:
+        """Processes and files that should be gone."""
+        return [*(str(path) for path in self.state_dir.glob("vm/*")), *self.processes().values()]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from subprocess import PIPE
 
 import pytest
 
-from tests.cli_process import SECONDS, Cli, cli, rows, until
+from tests.cli_process import SECONDS, Cli, cli, rows, until, write_config
 from vmactor.cli.demo import GUEST_PORT, summary
 from vmactor.messages import Created, DeathReason, Died, PayloadFinished, PayloadStarted, Started
 
@@ -99,6 +99,24 @@ def test_a_vm_of_another_process_is_listed_and_reached(cli: Cli, guest_dir: Path
         rest, err_bytes = process.communicate(timeout=SECONDS)
     assert (process.returncode, err_bytes) == (0, b"")
     assert [row["event"] for row in rows(rest.decode())] == ["payload_finished", "died"]
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize(
+    ("script", "status", "why"),
+    [
+        ("started;ready;sleep 200", 12, ""),  # the guest ends on its own in the middle of the story
+        ("started;ready;hang", 1, "the guest"),
+    ],
+)
+def test_a_guest_that_does_not_play_along_ends_the_story(
+    cli: Cli, guest_dir: Path, tmp_path: Path, script: str, status: int, why: str
+) -> None:
+    write_config(tmp_path, guest_dir, script)
+    code, out, err = cli.run("demo", "--json", "--guest", tmp_path)
+    assert (code, rows(out)[-1]["event"]) == (status, "died"), err
+    assert err.startswith("vmactor: error: ") == bool(why)
+    assert "Traceback" not in err
 
 
 def test_the_summary_tells_only_what_happened() -> None:

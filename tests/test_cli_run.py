@@ -1,12 +1,16 @@
 """``vmactor run`` with real guests: every exit status, Ctrl-C, a vanished reader; nothing is ever left."""
 
 import os
+import pty
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.cli_process import SECONDS, Cli, cli, closed_reader, rows, until, write_config
+from vmactor.cli.run import shown_line
+from vmactor.state_dir import StateDirectory
 
 __all__ = ["cli"]
 """A fixture is named by its parameters only."""
@@ -195,3 +199,53 @@ def test_a_reader_that_was_never_there_gets_no_vm(cli: Cli, guest_dir: Path) -> 
         os.close(write)
     assert code == 141
     assert "Traceback" not in err
+
+
+@pytest.mark.guest
+def test_a_terminal_sees_the_guests_console_escaped(cli: Cli, guest_dir: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, guest_dir, "print [\x1b[31mred\x07] x;finished 0")
+    ours, theirs = pty.openpty()
+    with cli.spawn("run", config, "--console", "-", stdout=theirs) as process:
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # how a terminal's end looks from this side
+            while data := os.read(ours, 65536):
+                text += data
+        assert process.wait(SECONDS) == 0
+    os.close(ours)
+    assert rb"[\x1b[31mred\x07] x" in text
+    assert b"\x1b" not in text
+
+
+@pytest.mark.guest
+def test_a_manager_that_was_killed_leaves_an_orphan_that_is_listed(
+    cli: Cli, guest_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, guest_dir, "hang")
+    with cli.spawn("run", config, "--json") as process:
+        cid = until(process.stdout, "started")["cid"]
+        process.kill()
+    listed = cli.run("list")[1].splitlines()[1].split()
+    assert listed[:3] == [str(cid), "scripted", "orphaned"]
+    with cli.spawn("run", config, "--json") as process:
+        assert until(process.stdout, "started")["cid"] == cid + 1
+        process.terminate()
+        process.communicate(timeout=SECONDS)
+    while orphans := cli.processes():
+        for pid in orphans:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    with StateDirectory(cli.state_dir) as state:
+        state.remove_vm_directory(cid)
+
+
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        (b"plain [x]\r", b"plain [x]\n"),
+        (b"\x1b[2J\xff", b"\\x1b[2J\\xff\n"),
+        (b"\xe2\x80\xaeevil", b"\\u{202e}evil\n"),
+    ],
+)
+def test_a_line_of_a_guest_is_escaped(line: bytes, seen: bytes) -> None:
+    assert shown_line(line) == seen

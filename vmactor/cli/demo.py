@@ -47,6 +47,8 @@ GUEST_PORT: Final = 5000
 HOST_PORTS: Final = range(70_000, 70_100)
 """Where the guest calls us; above all CIDs, since on port = CID every VM reports its payload's state."""
 ANSWER_SECONDS: Final = 30.0
+GRACE_SECONDS: Final = 3.0
+"""How long a conversation that broke off may have been cut short by the VM's end."""
 MAX_LINE: Final = 4096
 QUESTION: Final = "uname"
 GREETING: Final = "hello from the guest"
@@ -99,23 +101,25 @@ async def _run(args: argparse.Namespace) -> ExitCode:
 
 async def _tell(vm: VirtualMachine, bus: Bus[Event], life: Life, printer: EventPrinter) -> None:
     async with anyio.create_task_group() as waiting:
-        waiting.start_soon(show_progress, "the guest boots")
+        if not printer.json:
+            waiting.start_soon(show_progress, "the guest boots")
         await life.start()
         ready = await life.until(PayloadReady)
         waiting.cancel_scope.cancel()
     failure: Exception | None = None
+    patience = ANSWER_SECONDS
     if ready:
         try:
             await _talk(vm, bus, life)
         except (anyio.EndOfStream, anyio.BrokenResourceError, VmactorError) as error:
-            failure = error  # most likely the VM has ended, and its end tells more
-    with anyio.move_on_after(ANSWER_SECONDS):
+            failure, patience = error, GRACE_SECONDS  # perhaps the VM has ended, and its end tells more
+    with anyio.move_on_after(patience):
         await life.until(Died)
         return
     if isinstance(failure, VmactorError):
         raise failure
     raise DeadlineExceededError(
-        f"the guest did not end within {ANSWER_SECONDS:g} s of its last step; look at its console with "
+        f"the guest did not end within {patience:g} s of its last step; look at its console with "
         "'vmactor run --console FILE'"
     ) from failure
 

@@ -191,11 +191,14 @@ class EventPrinter:
     Args:
         json: JSON lines rather than lines for people.
         fd: Where to; standard output unless that is somebody else's.
+
+    Attributes:
+        json: As given.
     """
 
     def __init__(self, *, json: bool, fd: int = STDOUT) -> None:
         self._writer = Writer(fd)
-        self._json = json
+        self.json = json
         self._terminal = is_terminal(fd)
         self._colour = wants_colour(fd)
         self._began: float | None = None
@@ -206,7 +209,7 @@ class EventPrinter:
         Raises:
             OSError: It cannot be written; ``BrokenPipeError`` if nobody reads any more.
         """
-        if self._json:
+        if self.json:
             await self.write(to_json(event.as_dict()))
             return
         if self._began is None:
@@ -218,7 +221,7 @@ class EventPrinter:
 
     async def say(self, text: str = "") -> None:
         """A line of a story; nothing with JSON."""
-        if not self._json:
+        if not self.json:
             await self.write(f"{text}\n")
 
     def bold(self, text: str) -> str:
@@ -227,7 +230,7 @@ class EventPrinter:
 
     async def write(self, text: str) -> None:
         """Write lines as they are; a line of progress makes room."""
-        clear = CLEAR_LINE if self._terminal and is_terminal(STDERR) and not self._json else ""
+        clear = CLEAR_LINE if self._terminal and is_terminal(STDERR) and not self.json else ""
         await self._writer.write(f"{clear}{text}".encode(errors="backslashreplace"))
 
 

@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
 
 from vmactor.actors.service import VirtualizationService
 from vmactor.cli.exit_codes import ExitCode, exit_code
 from vmactor.cli.lifetime import follow, run_to_the_end
-from vmactor.cli.output import EventPrinter, print_error
-from vmactor.cli.stdio import STDERR, STDOUT
+from vmactor.cli.output import EventPrinter, brackets, print_error
+from vmactor.cli.stdio import STDERR, STDOUT, Reader, Writer, is_terminal
 from vmactor.config import RawConfig
 from vmactor.config_file import load_config
 from vmactor.messages import CpuTopology
+from vmactor.text import escape_bytes
+
+MAX_LINE: Final = 4096
 
 
 def run(args: argparse.Namespace) -> ExitCode:
@@ -26,21 +33,22 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 
 async def _run(args: argparse.Namespace) -> ExitCode:
-    with ExitStack() as stack:
-        console = _open_sink(args.console, stack)
-        log = _open_sink(args.log, stack)
-        config = stack.enter_context(_configuration(args))
-        printer = EventPrinter(json=args.json, fd=STDERR if STDOUT in (console, log) else STDOUT)
-        async with VirtualizationService(vmm=args.vmm, state_directory=args.state_dir) as service:
-            with service.subscribe() as events:
-                vm = await service.create_vm(
-                    config,
-                    console=console,
-                    log=log,
-                    hangup_detection=args.hangup_timeout is not None,
-                    hangup_timeout=args.hangup_timeout,
-                )
-                return exit_code(await follow(vm, events, printer))
+    printer = EventPrinter(json=args.json, fd=STDERR if "-" in (args.console, args.log) else STDOUT)
+    async with anyio.create_task_group() as tasks:
+        with ExitStack() as files:
+            sinks = {path: _open_sink(path, files, tasks) for path in (args.console, args.log)}
+            config = files.enter_context(_configuration(args))
+            async with VirtualizationService(vmm=args.vmm, state_directory=args.state_dir) as service:
+                with service.subscribe() as events:
+                    vm = await service.create_vm(
+                        config,
+                        console=sinks[args.console],
+                        log=sinks[args.log],
+                        hangup_detection=args.hangup_timeout is not None,
+                        hangup_timeout=args.hangup_timeout,
+                    )
+                    life = await follow(vm, events, printer)
+    return exit_code(life)
 
 
 @contextmanager
@@ -54,12 +62,39 @@ def _configuration(args: argparse.Namespace) -> Iterator[RawConfig]:
         yield replace(config, **changes)  # type: ignore[arg-type]
 
 
-def _open_sink(path: str | None, stack: ExitStack) -> int | None:
-    """Where the guest's output goes: a file made or emptied, standard output, or nowhere."""
+def _open_sink(path: str | None, files: ExitStack, tasks: TaskGroup) -> int | None:
+    """Where the guest's output goes: a file made or emptied, standard output, or nowhere.
+
+    A terminal would do what a guest tells it, so there the output goes through us, line by line.
+    """
     if path is None:
         return None
-    if path == "-":
+    if path != "-":
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    elif is_terminal(STDOUT):
+        read, fd = os.pipe2(os.O_CLOEXEC)
+        tasks.start_soon(_show_lines, read)
+    else:
         return STDOUT
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    stack.callback(os.close, fd)
+    files.callback(os.close, fd)
     return fd
+
+
+async def _show_lines(fd: int) -> None:
+    """Write what comes out of a pipe to standard output, escaped; closes the pipe at its end."""
+    reader, writer, rest = Reader(fd), Writer(STDOUT), b""
+    try:
+        while data := await reader.read():
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > MAX_LINE:
+                lines, rest = [*lines, rest], b""
+            await writer.write(b"".join(shown_line(line) for line in lines))
+        if rest:
+            await writer.write(shown_line(rest))
+    finally:
+        os.close(fd)
+
+
+def shown_line(line: bytes) -> bytes:
+    """A line of a guest's output as a person may see it."""
+    return f"{brackets(escape_bytes(line.rstrip(bytes([13])), limit=2 * MAX_LINE))}\n".encode()
