@@ -10,13 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
 
+import anyio
 import pytest
 
 from tests.cli_process import SECONDS, Cli, cli
-from vmactor.cli.connect import transport_of
+from vmactor.cli.connect import join, transport_of
+from vmactor.cli.stdio import Reader, Writer
 from vmactor.errors import UnsupportedOperationError
 from vmactor.state_dir import StateDirectory
-from vmactor.vsock import HybridVsockTransport, KernelVsockTransport
+from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockStream
 
 __all__ = ["cli"]
 
@@ -212,6 +214,33 @@ def test_an_orphan_that_does_not_answer_is_called_one(cli: Cli) -> None:
         state.remove_vm_directory(CID)
     assert code == 1
     assert "the manager of this VM is gone" in err
+
+
+def test_where_the_transport_can_the_end_of_input_is_passed_on() -> None:
+    async def talk() -> bytes:
+        ours, theirs = socket.socketpair()
+        given, put = os.pipe()
+        out, sink = os.pipe()
+        os.write(put, b"question")
+        os.close(put)
+
+        async def answer() -> None:
+            async with VsockStream(theirs, cid=CID, port=PORT, half_close=True) as guest_side:
+                asked = b"".join([part async for part in guest_side])  # until the end that was passed on
+                await guest_side.send(asked.upper())
+
+        async with (
+            anyio.create_task_group() as tasks,
+            VsockStream(ours, cid=CID, port=PORT, half_close=True) as stream,
+        ):
+            tasks.start_soon(answer)
+            await join(stream, Reader(given), Writer(sink), quit_after=None)
+        os.close(sink)
+        os.close(given)
+        with os.fdopen(out, "rb") as got:
+            return got.read()
+
+    assert anyio.run(talk) == b"QUESTION"
 
 
 def test_the_record_decides_the_transport() -> None:

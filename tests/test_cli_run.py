@@ -231,6 +231,7 @@ def test_a_manager_that_was_killed_leaves_an_orphan_that_is_listed(
         assert until(process.stdout, "started")["cid"] == cid + 1
         process.terminate()
         process.communicate(timeout=SECONDS)
+    assert sorted("qemu" in command for command in cli.processes().values()) == [False, True]
     while orphans := cli.processes():
         for pid in orphans:
             with suppress(ProcessLookupError):

@@ -7,46 +7,41 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import anyio
 
-from vmactor.actors.handle import VirtualMachine
-from vmactor.actors.service import VirtualizationService
-from vmactor.bus import Bus
-from vmactor.cli.exit_codes import ExitCode, exit_code
-from vmactor.cli.lifetime import Life, run_to_the_end
-from vmactor.cli.output import EventPrinter, show_progress, shown, table
-from vmactor.cli.stdio import STDOUT
-from vmactor.config_file import load_config
-from vmactor.errors import (
-    DeadlineExceededError,
-    IllegalArgumentError,
-    IllegalStateError,
-    VmactorError,
-    VsockError,
-)
-from vmactor.messages import (
+from vmactor import (
     Created,
+    DeadlineExceededError,
     Died,
     Event,
+    IllegalArgumentError,
+    IllegalStateError,
     PayloadFinished,
     PayloadReady,
     PayloadStarted,
     Started,
-    VirtualMachineState,
+    VirtualizationService,
+    VirtualMachine,
+    VmactorError,
+    VsockError,
+    VsockListener,
     VsockMessage,
+    VsockStream,
+    load_config,
 )
-from vmactor.vsock import VsockListener, VsockStream
+from vmactor.cli.exit_codes import ExitCode, exit_code
+from vmactor.cli.lifetime import Life, run_to_the_end
+from vmactor.cli.output import EventPrinter, show_progress, shown
 
 GUEST_PORT: Final = 5000
 """Where the guest takes steps."""
 HOST_PORTS: Final = range(70_000, 70_100)
 """Where the guest calls us; above all CIDs, since on port = CID every VM reports its payload's state."""
-ANSWER_SECONDS: Final = 30.0
+ANSWER_SECONDS: Final = 15.0
 GRACE_SECONDS: Final = 3.0
 """How long a conversation that broke off may have been cut short by the VM's end."""
 MAX_LINE: Final = 4096
@@ -93,13 +88,14 @@ async def _run(args: argparse.Namespace) -> ExitCode:
             vm = await service.create_vm(config, hangup_detection=True)
             life = Life(vm, events, printer)
             async with life:
-                await _tell(vm, service.bus, life, printer)
+                await _tell(vm, life, printer)
         await printer.say()
-        await printer.say(table(("", ""), summary(life.seen), STDOUT).strip("\n"))
+        for what, value in summary(life.seen):
+            await printer.say(f"{what:<40} {printer.bold(value)}")
         return exit_code(life.seen)
 
 
-async def _tell(vm: VirtualMachine, bus: Bus[Event], life: Life, printer: EventPrinter) -> None:
+async def _tell(vm: VirtualMachine, life: Life, printer: EventPrinter) -> None:
     async with anyio.create_task_group() as waiting:
         if not printer.json:
             waiting.start_soon(show_progress, "the guest boots")
@@ -110,7 +106,7 @@ async def _tell(vm: VirtualMachine, bus: Bus[Event], life: Life, printer: EventP
     patience = ANSWER_SECONDS
     if ready:
         try:
-            await _talk(vm, bus, life)
+            await _talk(vm, life)
         except (anyio.EndOfStream, anyio.BrokenResourceError, VmactorError) as error:
             failure, patience = error, GRACE_SECONDS  # perhaps the VM has ended, and its end tells more
     with anyio.move_on_after(patience):
@@ -124,7 +120,7 @@ async def _tell(vm: VirtualMachine, bus: Bus[Event], life: Life, printer: EventP
     ) from failure
 
 
-async def _talk(vm: VirtualMachine, bus: Bus[Event], life: Life) -> None:
+async def _talk(vm: VirtualMachine, life: Life) -> None:
     """One message each way, then the end of the payload and of the guest.
 
     Raises:
@@ -137,7 +133,7 @@ async def _talk(vm: VirtualMachine, bus: Bus[Event], life: Life) -> None:
         steps = _Lines(stream)
         await steps.send(QUESTION)
         answer = _answer(await steps.receive())
-        _publish(vm, bus, "host_to_guest", GUEST_PORT, f"{QUESTION} (answer: {answer})")
+        vm.publish_message("host_to_guest", GUEST_PORT, f"{QUESTION} (answer: {answer})")
         await life.pending()
 
         await steps.send(f"dial {listener.port} {GREETING}")
@@ -146,7 +142,7 @@ async def _talk(vm: VirtualMachine, bus: Bus[Event], life: Life) -> None:
             text = await caller.receive()
             await caller.send(REPLY)
             answer = _answer(await steps.receive())
-        _publish(vm, bus, "guest_to_host", listener.port, f"{text} (answer: {answer})")
+        vm.publish_message("guest_to_host", listener.port, f"{text} (answer: {answer})")
         await life.pending()
 
         for last in "finished 0", "poweroff":
@@ -177,25 +173,6 @@ def _answer(line: str) -> str:
     if verdict != "ok":
         raise IllegalStateError(f"the guest refused a step: {line}; rebuild it with 'make guest'")
     return answer
-
-
-def _publish(vm: VirtualMachine, bus: Bus[Event], direction: str, port: int, text: str) -> None:
-    if vm.state is VirtualMachineState.DEAD:
-        return  # ``died`` is a VM's last event
-    info = vm.info
-    bus.publish(
-        VsockMessage(
-            cid=info.cid,
-            generation=info.generation,
-            name=info.name,
-            driver=info.driver,
-            time=datetime.now(UTC),
-            monotonic=anyio.current_time(),
-            direction=direction,
-            port=port,
-            text=text,
-        )
-    )
 
 
 class _Lines:

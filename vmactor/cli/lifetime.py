@@ -12,13 +12,10 @@ from typing import Self
 
 import anyio
 
-from vmactor.actors.handle import VirtualMachine
-from vmactor.bus import Subscription
+from vmactor import Died, Event, Removed, StartFailedError, Subscription, VirtualMachine, VmactorError
 from vmactor.cli.exit_codes import ExitCode
 from vmactor.cli.output import EventPrinter, print_error, to_stderr
 from vmactor.cli.stdio import STDOUT, Writer
-from vmactor.errors import StartFailedError, VmactorError
-from vmactor.messages import Died, Event, Removed
 
 LAST_WORDS_SECONDS = 2.0
 """How long the last events of a VM may take to be written once its command is being ended."""

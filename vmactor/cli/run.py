@@ -11,14 +11,11 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
-from vmactor.actors.service import VirtualizationService
+from vmactor import CpuTopology, RawConfig, VirtualizationService, load_config
 from vmactor.cli.exit_codes import ExitCode, exit_code
 from vmactor.cli.lifetime import follow, run_to_the_end
 from vmactor.cli.output import EventPrinter, brackets, print_error
 from vmactor.cli.stdio import STDERR, STDOUT, Reader, Writer, is_terminal
-from vmactor.config import RawConfig
-from vmactor.config_file import load_config
-from vmactor.messages import CpuTopology
 from vmactor.text import escape_bytes
 
 MAX_LINE: Final = 4096
