@@ -1,4 +1,4 @@
-"""Setting up: which helper is good enough, which archive apt uses, and what is said when something is missing."""
+"""Setting up: which helper is good enough, which archive apt uses, what is said when something is missing."""
 
 import io
 import subprocess
