@@ -1,8 +1,9 @@
 """Another manager of the same state directory: a real process, told by lines what to do.
 
 Commands: ``claim`` (answers the CID), ``release CID``, ``vm`` (claims, makes the directory and a record,
-answers the CID), ``record CID TIMES`` (rewrites a record, answers when done), ``freeze`` (stops itself while it
-has the counter locked), ``fork`` (answers the number of a forked child, which lives until standard input ends).
+answers the CID), ``record CID TIMES`` (rewrites a record, answers when done), ``freeze`` (stops itself while
+it has the counter locked), ``fork`` (answers the number of a forked child, which lives until standard input
+ends).
 """
 
 import os

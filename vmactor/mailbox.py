@@ -21,6 +21,7 @@ import anyio.lowlevel
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 M = TypeVar("M")
 
 CONTROL_CAPACITY: Final = 1024
@@ -30,8 +31,8 @@ BURST: Final = 64
 """Messages that a receiver takes without letting other tasks run."""
 
 
-class Request(Generic[R]):
-    """Base of messages that have a reply of type ``R``."""
+class Request(Generic[R_co]):
+    """Base of messages that have a reply of type ``R_co``."""
 
     __slots__ = ()
 
