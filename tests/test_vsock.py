@@ -407,15 +407,51 @@ async def test_no_helper_is_a_vsock_error(short_dir: Path) -> None:
 
 async def test_a_silent_helper_is_given_up_at_the_deadline(short_dir: Path) -> None:
     async with helper(short_dir, answering(b"OK")):
+        transport = hybrid(short_dir)
         with pytest.raises(DeadlineExceededError, match=r"no answer within 0.05 s"):
-            await hybrid(short_dir).connect(5000, timeout=0.05)
+            await transport.connect(5000, timeout=0.05)
+        transport.close()
 
 
-async def test_a_cancelled_connect_leaves_nothing(short_dir: Path) -> None:
+async def test_a_cancelled_connect_leaves_nothing_once_the_transport_is_closed(short_dir: Path) -> None:
     async with helper(short_dir, answering(b"OK")), anyio.create_task_group() as tasks:
-        tasks.start_soon(hybrid(short_dir).connect, 5000)
+        transport = hybrid(short_dir)
+        tasks.start_soon(transport.connect, 5000)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
+    transport.close()
+
+
+async def test_an_attempt_that_is_given_up_stays_connected_until_it_is_answered(short_dir: Path) -> None:
+    transport = hybrid(short_dir)
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(os.fspath(short_dir / "vsock"))
+        listener.listen()
+        with pytest.raises(DeadlineExceededError):
+            await transport.connect(5000, timeout=0.05)
+        given_up, _ = listener.accept()
+        with closing(given_up):
+            given_up.setblocking(False)
+            assert given_up.recv(100) == b"CONNECT 5000\n"
+            with pytest.raises(BlockingIOError):  # end of file here would be what the helper dies of
+                given_up.recv(1)
+            given_up.send(b"OK 5000\n")
+            with pytest.raises(DeadlineExceededError):
+                await transport.connect(5000, timeout=0.05)
+            with pytest.raises(BrokenPipeError):
+                given_up.send(b"gone")
+        transport.close()
+
+
+async def test_unanswered_attempts_are_bounded(short_dir: Path) -> None:
+    async with helper(short_dir, answering(b"OK")):
+        transport = hybrid(short_dir)
+        for _ in range(16):
+            with pytest.raises(DeadlineExceededError):
+                await transport.connect(5000, timeout=0.01)
+        with pytest.raises(VsockError, match="16 attempts are still unanswered"):
+            await transport.connect(5000)
+        transport.close()
 
 
 async def test_a_busy_helper_is_waited_for(short_dir: Path) -> None:

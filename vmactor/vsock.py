@@ -17,7 +17,7 @@ import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, Self
 
@@ -41,6 +41,7 @@ SUN_PATH_MAX: Final = 107
 """Bytes in the path of a unix socket, without the final NUL."""
 
 _BACKLOG: Final = 64
+_UNANSWERED_MAX: Final = 16
 _SO_VM_SOCKETS_CONNECT_TIMEOUT: Final = 6  # linux/vm_sockets.h; a struct timeval
 _HYBRID_ANSWER_MAX: Final = len("OK 4294967295\n")
 _HYBRID_ANSWER = re.compile(rb"OK \d+\n")
@@ -313,6 +314,10 @@ class VsockTransport(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release what attempts to connect have left; call it when the VM is dead. Idempotent."""
+        ...
+
 
 class KernelVsockTransport:
     """vsock by the host's kernel (vhost-vsock).
@@ -358,6 +363,9 @@ class KernelVsockTransport:
         sock = await _open(_vsock_socket, dial, self.cid, port, timeout)
         return VsockStream(sock, cid=self.cid, port=port, half_close=True)
 
+    def close(self) -> None:
+        """See ``VsockTransport``; the kernel keeps nothing."""
+
     def _admit(self, sock: socket.socket, address: tuple[int, int]) -> VsockStream | str:
         cid, port = address
         if cid != self.cid:
@@ -388,6 +396,7 @@ class HybridVsockTransport:
         self.cid = cid
         self._path = path
         self._helper_pid = helper_pid
+        self._unanswered: list[socket.socket] = []
 
     def __repr__(self) -> str:
         return f"<HybridVsockTransport cid={self.cid}>"
@@ -407,13 +416,28 @@ class HybridVsockTransport:
         return VsockListener(sock, port, self._admit, path)
 
     async def connect(self, port: int, *, timeout: float = 10.0) -> VsockStream:
-        """See ``VsockTransport``. Nothing but the request is sent before the helper's answer is complete."""
+        """See ``VsockTransport``. Nothing but the request is sent before the helper's answer is complete.
+
+        An attempt that is given up keeps its socket open until it is answered after all: vhost-device-vsock
+        0.3.0 loses the thread that serves the guest, for good, if a connection goes before the guest has
+        answered it. A guest that answers nothing has 16 of them at most.
+        """
         _check_unprivileged(port)
+        self._close_answered()
+        if len(self._unanswered) >= _UNANSWERED_MAX:
+            raise VsockError(_failed(self.cid, port, f"{_UNANSWERED_MAX} attempts are still unanswered"))
 
         async def dial(sock: socket.socket) -> None:
             await _connect_unix(sock, self._path)
             sock.send(b"CONNECT %d\n" % port, socket.MSG_NOSIGNAL)  # always fits a fresh socket's buffer
-            answer = await _receive_line(sock)
+            try:
+                answer = await _receive_line(sock)
+            except OSError:
+                raise
+            except BaseException:  # cancelled, by the deadline or from outside
+                with suppress(OSError):  # no descriptor is left: then it cannot be helped
+                    self._unanswered.append(sock.dup())
+                raise
             if not answer:
                 raise VsockError(_failed(self.cid, port, "the connection was closed without an answer"))
             if not _HYBRID_ANSWER.fullmatch(answer):
@@ -421,6 +445,22 @@ class HybridVsockTransport:
 
         sock = await _open(_unix_socket, dial, self.cid, port, timeout)
         return VsockStream(sock, cid=self.cid, port=port, half_close=False)
+
+    def close(self) -> None:
+        """See ``VsockTransport``."""
+        while self._unanswered:
+            self._unanswered.pop().close()
+
+    def _close_answered(self) -> None:
+        for sock in tuple(self._unanswered):
+            try:
+                sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                pass
+            sock.close()
+            self._unanswered.remove(sock)
 
     def _admit(self, sock: socket.socket, _address: object) -> VsockStream | str:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

@@ -261,6 +261,7 @@ class VirtualizationService:
             kernel = KernelVsockTransport(cid)
             return _Place(cid, directory, kernel, kernel.listen(cid), vhost_fd)
         hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
+        attempt.callback(hybrid.close)
         return _Place(cid, directory, hybrid, hybrid.listen(cid), None)
 
     def _helper_pid(self, cid: int) -> int | None:
