@@ -36,7 +36,7 @@ from vmactor.messages import (
     VirtualMachineState,
 )
 from vmactor.process import ExitStatus
-from vmactor.supervisor import Supervisor
+from vmactor.supervisor import Decision, Supervisor
 from vmactor.vmm.driver import VmmExit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -478,6 +478,36 @@ async def test_an_actor_that_is_cancelled_takes_its_vmm_with_it(short_dir: Path)
     assert bench.kinds() == ["created", "started", "died"]
     assert bench.log[-2:] == ["clear", "give back"]
     assert bench.actor.info.state is VirtualMachineState.DEAD
+
+
+@pytest.mark.parametrize("fault", [None, OSError("not a directory")])
+async def test_an_actor_that_is_stopped_while_it_clears_away_finishes_that(
+    short_dir: Path, fault: OSError | None
+) -> None:
+    bench = Bench(short_dir)
+    listener, clearing = bench.actor._context.listener, anyio.Event()
+    close = listener.aclose
+
+    async def slowly() -> None:
+        await close()
+        clearing.set()
+        if fault is not None:
+            raise fault
+        await anyio.sleep(60)
+
+    listener.aclose = slowly  # type: ignore[method-assign]
+    async with Supervisor("test", lambda _: Decision.IGNORE) as supervisor:
+        await supervisor.start("vm", bench.actor.run)  # cannot be asked to stop: it is cancelled
+        vm = VirtualMachine(bench.actor, bench.bus)
+        await run(bench, vm)
+        bench.driver.vmm.end(SHUTDOWN)
+        await clearing.wait()
+    with anyio.fail_after(1):
+        died = await vm.wait()
+    assert died is not None
+    assert died.reason is DeathReason.SHUTDOWN
+    assert bench.kinds() == ["created", "started", "died"]
+    assert bench.log[-2:] == ["clear", "give back"]
 
 
 async def test_a_fault_of_ours_in_a_run_ends_the_vm_and_says_so(short_dir: Path) -> None:

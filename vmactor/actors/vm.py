@@ -4,7 +4,8 @@ One task runs ``VmActor.run``. Under the VM's own supervisor live the guest's RP
 VMM, channels), the hang-up watch and the control request under way. All of them only send messages here.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -113,6 +114,7 @@ class VmActor:
         self._context = context
         self.guest_calls = GuestRpcStatistics()
         self._life = Life(hangup_timeout)
+        self._due: deque[Action] = deque()
         self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
         self._started_at = 0.0
         self._log = get_logger(vm=spec.name, cid=spec.cid)
@@ -148,27 +150,37 @@ class VmActor:
                 task_status.started()
                 while not self.ended.is_set():
                     envelope = await self.mailbox.receive()
-                    self._life, actions = transition(self._life, envelope.message, envelope.reply)
-                    self._refresh()
-                    for action in actions:
-                        await self._perform(action)
+                    self._take(envelope.message, envelope.reply)
+                    while self._due:
+                        await self._perform(self._due.popleft())
         finally:
             # Reached early only if the actor was cancelled or is itself at fault: the VM dies all the same.
-            if not self.ended.is_set():
-                await self._end_at_once()
-            self.mailbox.close()
+            try:
+                if not self.ended.is_set():
+                    await self._end_at_once()
+            finally:
+                self.mailbox.close()
+
+    def _take(self, message: Message, reply: Hashable = None) -> None:
+        self._life, actions = transition(self._life, message, reply)
+        self._due.extend(actions)
+        self._refresh()
 
     async def _end_at_once(self) -> None:
+        """Go on where the actor was interrupted, maybe in the middle of the exit, and end in order."""
+        reason = DeathReason.KILLED if self._life.alive else DeathReason.INFRASTRUCTURE_ERROR
+        self._take(RunEnded(self._life.generation, reason, detail="the manager gave the VM up"))
+        if self._life.phase is Phase.NOT_STARTED:
+            self._take(Release())
+        self._due.appendleft(Clear())  # it may be the one that was interrupted
         with anyio.CancelScope(shield=True):
-            reason = DeathReason.KILLED if self._life.alive else DeathReason.INFRASTRUCTURE_ERROR
-            ended = RunEnded(self._life.generation, reason, detail="the manager gave the VM up")
-            self._life, actions = transition(self._life, ended)
-            if not actions:
-                self._life, actions = transition(self._life, Release())
-            self._refresh()
-            for action in actions:
-                if not isinstance(action, KillRun):
-                    await self._perform(action)
+            while self._due:
+                action = self._due.popleft()
+                try:
+                    if not isinstance(action, SpawnRun | ArmHangup | RunControl):
+                        await self._perform(action)
+                except Exception as fault:
+                    self._log.error("a fault at a VM's end", action=type(action).__name__, exc_info=fault)
 
     # -- Performing actions -----------------------------------------------------------------------
 
@@ -198,8 +210,10 @@ class VmActor:
             case Refuse(reply, error):
                 self.mailbox.refuse(reply, error)  # type: ignore[arg-type]
             case Finish():
-                self._context.give_back()
-                self.ended.set()
+                try:
+                    self._context.give_back()
+                finally:
+                    self.ended.set()
 
     async def _spawn(self, generation: int) -> None:
         self._started_at = anyio.current_time()
@@ -211,8 +225,10 @@ class VmActor:
         for child in ("control", "guest-rpc", "run"):
             await self._supervisor.stop(child)
         self.run_under_way = None
-        await self._context.listener.aclose()
-        self._context.clear()
+        try:
+            await self._context.listener.aclose()
+        finally:
+            self._context.clear()
 
     def _post(self, message: Message) -> None:
         try:
