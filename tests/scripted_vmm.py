@@ -4,11 +4,12 @@ It is not the simulated VMM (a real process); it stands in where a test must own
 """
 
 import os
+import socket
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import anyio
 
@@ -214,3 +215,42 @@ class Bench:
     def kinds(self) -> list[str]:
         """The same by kind."""
         return [event.kind for event in self.seen()]
+
+
+class ScriptedHelper:
+    """A vsock helper that is no process, and its own ``process``; put it in ``VhostDeviceVsock``'s place."""
+
+    pid = os.getpid()  # what connects from this test is the guest
+    complaints = "out of luck"
+    stuck: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.status: ExitStatus | None = None
+        self.ended = anyio.Event()
+        self._sockets = socket.socketpair()
+
+    @classmethod
+    def spawn(cls, _executable: Path, _cid: int, _directory: Path) -> Self:
+        return cls()
+
+    @property
+    def process(self) -> Self:
+        return self
+
+    async def connect(self) -> int:
+        return self._sockets[0].detach()
+
+    async def wait(self) -> ExitStatus:
+        await self.ended.wait()
+        assert self.status is not None
+        return self.status
+
+    def kill(self) -> None:
+        if not self.stuck:
+            self.status = ExitStatus(None, 9)
+            self.ended.set()
+
+    async def aclose(self) -> None:
+        self.kill()
+        for sock in self._sockets:
+            sock.close()

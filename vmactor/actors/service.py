@@ -77,7 +77,7 @@ class VirtualizationService:
     """Creates and owns VMs, embedded in this program.
 
     Args:
-        vmm: ``auto``, ``qemu`` or another driver's name.
+        vmm: ``auto``, ``qemu`` or another driver's name; or a selection that was made already.
         state_directory: Shared by all managers of this user; default ``/run/vmactor`` for root, else
             ``$XDG_RUNTIME_DIR/vmactor``.
         facts: What the host can do; probed if not given.
@@ -88,7 +88,7 @@ class VirtualizationService:
     def __init__(
         self,
         *,
-        vmm: str = "auto",
+        vmm: str | Selection = "auto",
         state_directory: str | os.PathLike[str] | None = None,
         facts: HostFacts | None = None,
     ) -> None:
@@ -108,7 +108,7 @@ class VirtualizationService:
     async def __aenter__(self) -> Self:
         if self._facts is None:
             self._facts = await anyio.to_thread.run_sync(probe)
-        self._selection = select(self._vmm, self._facts)
+        self._selection = select(self._vmm, self._facts) if isinstance(self._vmm, str) else self._vmm
         self._state = StateDirectory(self._state_path or default_path())
         await self._supervisor.__aenter__()
         self._open = True
@@ -160,10 +160,10 @@ class VirtualizationService:
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
             IllegalStateError: The service is not open.
         """
-        if not self._open:
-            raise IllegalStateError("the service is closed: use it inside its 'async with' block")
+        self._check_open()
         driver = self._selection.driver
         self._check(config)
+        helper = self._helper() if self._selection.vsock == "hybrid" else None
         if hangup_timeout is not None and not hangup_timeout > 0:
             raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
         timeout = hangup_timeout or (HANGUP_SECONDS_EMULATED if driver.emulated else HANGUP_SECONDS)
@@ -176,7 +176,6 @@ class VirtualizationService:
                 await anyio.to_thread.run_sync(own.check_formats)
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
             place = await self._find_place(owned)
-            helper = None if place.vhost_fd is not None else self._helper()
             spec = RunSpec(
                 config.name, place.cid, own, driver, place.directory, sinks, place.vhost_fd, helper
             )
@@ -201,7 +200,6 @@ class VirtualizationService:
         self, spec: RunSpec, info: VmInfo, place: _Place, hangup_timeout: float | None, owned: ExitStack
     ) -> VirtualMachine:
         resources = owned.pop_all()
-        actor: VmActor
 
         def give_back() -> None:
             self._actors.pop(place.cid, None)
@@ -217,10 +215,24 @@ class VirtualizationService:
         )
         actor = VmActor(spec, info, context, hangup_timeout)
         self._actors[place.cid] = actor
-        await self._supervisor.start(
-            f"vm-{place.cid}", actor.run, ask_to_stop=actor.release, shutdown=VM_SHUTDOWN_SECONDS
-        )
+        try:
+            self._check_open()  # it may have ended while we looked for a place
+            await self._supervisor.start(
+                f"vm-{place.cid}", actor.run, ask_to_stop=actor.release, shutdown=VM_SHUTDOWN_SECONDS
+            )
+        except BaseException:
+            # An actor that ran has done all this itself, and it does no harm twice.
+            try:
+                with anyio.CancelScope(shield=True):
+                    await place.listener.aclose()
+            finally:
+                give_back()
+            raise
         return VirtualMachine(actor, self.bus)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise IllegalStateError("the service is closed: use it inside its 'async with' block")
 
     def _check(self, config: RawConfig) -> None:
         config.validate()
@@ -355,6 +367,8 @@ def _duplicate(fd: int | None, what: str, owned: ExitStack) -> int | None:
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise IllegalArgumentError(f"the {what} descriptor is not open for writing")
         copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    except (ValueError, OverflowError) as error:  # what no descriptor can be
+        raise IllegalArgumentError(f"the {what} descriptor is not open") from error
     except OSError as error:
         if error.errno == errno.EBADF:
             raise IllegalArgumentError(f"the {what} descriptor is not open") from error
