@@ -37,10 +37,7 @@ def test_auto_says_why_crosvm_was_not_picked() -> None:
     reasons = select("auto", facts()).reasons
     assert reasons[0] == "crosvm was not picked: it would run here, but its driver is not there yet"
     reasons = select("auto", facts(crosvm=absent("crosvm"), kvm=MISSING)).reasons
-    assert reasons[:2] == (
-        "crosvm was not picked: it needs crosvm, and no crosvm in PATH (install crosvm)",
-        "crosvm was not picked: it needs KVM, and none here (get one)",
-    )
+    assert reasons[0] == "crosvm was not picked: this host lacks crosvm, KVM"
     assert not any("crosvm" in reason for reason in select("qemu", facts()).reasons)
 
 

@@ -40,20 +40,17 @@ def select(name: str, facts: HostFacts) -> Selection:
     if name not in NAMES:
         raise IllegalArgumentError(f"no VMM driver is called {name!r}; there are: {', '.join(NAMES)}")
     if name == "auto":
-        reasons = _why_not_crosvm(facts)
         selection = _qemu(facts)
-        return Selection(selection.driver, selection.vsock, (*reasons, *selection.reasons))
+        return Selection(selection.driver, selection.vsock, (_why_not_crosvm(facts), *selection.reasons))
     return _EXPLICIT[name](facts)
 
 
-def _why_not_crosvm(facts: HostFacts) -> list[str]:
+def _why_not_crosvm(facts: HostFacts) -> str:
     needs = {"crosvm": facts.crosvm, "KVM": facts.kvm, "vhost-vsock": facts.vhost_vsock}
-    missing = [
-        f"crosvm was not picked: it needs {what}, and {_says(finding)}"
-        for what, finding in needs.items()
-        if not finding.usable
-    ]
-    return missing or ["crosvm was not picked: it would run here, but its driver is not there yet"]
+    missing = [what for what, finding in needs.items() if not finding.usable]
+    if missing:
+        return f"crosvm was not picked: this host lacks {', '.join(missing)}"
+    return "crosvm was not picked: it would run here, but its driver is not there yet"
 
 
 def _crosvm(_facts: HostFacts) -> Selection:
@@ -75,16 +72,16 @@ def _qemu(facts: HostFacts) -> Selection:
     if facts.kvm.usable:
         reasons.append("guests run under KVM" + (", nested, so timeouts are longer" if facts.nested else ""))
     else:
-        reasons.append(f"guests are emulated, which is slow, so timeouts are longer: {_says(facts.kvm)}")
+        reasons.append("guests are emulated for want of KVM, which is slow, so timeouts are longer")
     if not facts.qboot.usable:
-        reasons.append(f"guests boot by QEMU's standard firmware: {_says(facts.qboot)}")
+        reasons.append("guests boot by QEMU's standard firmware, half a second slower, for want of qboot")
     if facts.vhost_vsock.usable and facts.af_vsock.usable:
         return Selection(
             QemuDriver(facts), "kernel", (*reasons, "vsock goes through the kernel's vhost-vsock")
         )
     missing = facts.vhost_vsock if not facts.vhost_vsock.usable else facts.af_vsock
     if facts.vhost_device_vsock.usable:
-        reasons.append(f"vsock goes through {facts.vhost_device_vsock.found}: {_says(missing)}")
+        reasons.append(f"vsock goes through {facts.vhost_device_vsock.found}: {missing.found}")
         return Selection(QemuDriver(facts), "hybrid", tuple(reasons))
     raise UnsupportedOperationError(
         f"no vsock for guests: {_says(missing)}; or else: {_says(facts.vhost_device_vsock)}"
