@@ -41,7 +41,13 @@ class ScriptedVmm:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.channels = {name: os.dup(fd) for name, fd in _open_channels(launch).items()}
+        self.channels: dict[str, int] = {}
+        try:
+            for name, fd in _open_channels(launch).items():
+                self.channels[name] = os.dup(fd)
+        except OSError:
+            self._close_channels()
+            raise
         self.running = anyio.Event()
         self.ended = anyio.Event()
         self.exit = VmmExit(ExitStatus(0, None), DeathReason.SHUTDOWN)

@@ -1,7 +1,11 @@
 """The service on virtual time, with VMMs that the test owns: what it creates, tells and leaves."""
 
+import itertools
 import os
+import resource
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import anyio.lowlevel
 import pytest
 
 from tests.host_facts import FULL, absent, facts
+from tests.residue import descriptors
 from tests.scripted_vmm import ScriptedDriver, ScriptedHelper
 from vmactor.actors import monitor
 from vmactor.actors.handle import VirtualMachine
@@ -19,13 +24,17 @@ from vmactor.config import DiskImage, RawConfig
 from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
+    ResourceExhaustedError,
     ServiceSpecificError,
+    StartFailedError,
     UnsupportedOperationError,
     VmactorError,
     VsockError,
 )
 from vmactor.messages import DeathReason, Died, VirtualMachineDebugInfo, VirtualMachineState
+from vmactor.process import ExitStatus
 from vmactor.state_dir import StateDirectory
+from vmactor.vmm.driver import VmmExit
 from vmactor.vmm.select import Selection
 from vmactor.vsock import HybridVsockTransport, VsockListener
 
@@ -425,3 +434,126 @@ async def test_a_creation_that_is_done_when_the_service_is_ending_leaves_nothing
         await anyio.wait_all_tasks_blocked()
     assert service.list_vms() == []
     assert left_in(short_dir) == []
+
+
+# -- Out of something ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """This process may open so many more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = descriptors()
+    free = (number for number in itertools.count() if number not in taken)
+    limit = next(itertools.islice(free, count, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("count", range(8))
+async def test_a_creation_that_runs_out_of_descriptors_says_so_and_leaves_nothing(
+    short_dir: Path, config: RawConfig, tmp_path: Path, count: int
+) -> None:
+    with (tmp_path / "console").open("wb") as console:
+        async with service_in(short_dir) as service:
+            vm = failure = None
+            with descriptors_left(count):
+                try:
+                    vm = await service.create_vm(config, console=console.fileno())
+                except ResourceExhaustedError as error:
+                    failure = error
+            if vm is None:
+                assert count < 3
+                assert "ulimit -n" in str(failure)
+                assert service.list_vms() == []
+                assert left_in(short_dir) == []
+                assert (await service.create_vm(config)).cid <= 2049
+            else:
+                assert count > 2
+                await vm.aclose()
+                assert left_in(short_dir) == []
+
+
+@pytest.mark.parametrize("count", range(0, 28, 2))
+async def test_a_start_that_runs_out_of_descriptors_says_so_and_leaves_nothing(
+    short_dir: Path, config: RawConfig, count: int
+) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        with service.subscribe() as events:
+            vm = await service.create_vm(config)
+            failure = None
+            with descriptors_left(count):
+                async with anyio.create_task_group() as tg:
+
+                    async def run() -> None:
+                        await driver.spawned.wait()
+                        driver.vmm.running.set()
+
+                    tg.start_soon(run)
+                    try:
+                        await vm.start()
+                    except StartFailedError as error:
+                        failure = error
+                    else:
+                        await vm.stop()
+                    tg.cancel_scope.cancel()
+                assert isinstance(vm.info.died, Died)
+                assert service.list_vms() == []
+            kinds = [event.kind for event in iter(events.next_nowait, None)]
+            assert kinds == (["created", "died"] if failure else ["created", "started", "died"])
+            assert "Too many open files" in str(failure) if count < 6 else count < 20 or failure is None
+            assert left_in(short_dir) == []
+
+
+@pytest.mark.parametrize("when", ["before the creation", "before the start", "before the end"])
+async def test_a_full_disk_is_told_and_what_runs_goes_on(
+    short_dir: Path, config: RawConfig, when: str
+) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        with nothing_can_be_written(when == "before the creation"):
+            if when == "before the creation":
+                with pytest.raises(ResourceExhaustedError, match="make room"):
+                    await service.create_vm(config)
+                return
+        vm = await service.create_vm(config)
+        with nothing_can_be_written(when == "before the start"):
+            await started(vm, driver)
+        with nothing_can_be_written():
+            driver.vmm.end(VmmExit(ExitStatus(0, None), DeathReason.SHUTDOWN))
+            died = await vm.wait()
+        assert died is not None
+        assert died.reason is DeathReason.SHUTDOWN
+        assert left_in(short_dir) == []
+
+
+@contextmanager
+def nothing_can_be_written(really: bool = True) -> Iterator[None]:
+    """As on a full disk, but for the error's number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0 if really else soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_state_directory_that_is_removed_under_us_stops_creations_and_nothing_else(
+    short_dir: Path, config: RawConfig
+) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        vm = await service.create_vm(config)
+        shutil.rmtree(short_dir / "state")
+        with pytest.raises(IllegalStateError, match="removed while in use"):
+            await service.create_vm(config)
+        await started(vm, driver)
+        await vm.stop()
+        died = await vm.wait()
+        assert died is not None
+        assert died.reason is DeathReason.KILLED
+        assert service.list_vms() == []

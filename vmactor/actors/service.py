@@ -9,7 +9,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -58,6 +58,16 @@ HANGUP_SECONDS_EMULATED: Final = 300.0
 SET_GUEST_CID: Final = 0x4008AF60
 """VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h."""
 VM_SHUTDOWN_SECONDS: Final = 30.0
+
+_EXHAUSTED: Final = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+"""What another CID does not help against."""
 
 logger = get_logger()
 
@@ -168,6 +178,7 @@ class VirtualizationService:
             raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
         timeout = hangup_timeout or (HANGUP_SECONDS_EMULATED if driver.emulated else HANGUP_SECONDS)
         with ExitStack() as owned:
+            claim = owned.enter_context(ExitStack())  # given back last, when our descriptors are free again
             own = config.duplicate()
             owned.callback(own.close)
             # Checked on our duplicates: nobody can exchange these between the check and the use.
@@ -175,7 +186,7 @@ class VirtualizationService:
             if own.disks:
                 await anyio.to_thread.run_sync(own.check_formats)
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
-            place = await self._find_place(owned)
+            place = await self._find_place(claim)
             spec = RunSpec(
                 config.name, place.cid, own, driver, place.directory, sinks, place.vhost_fd, helper
             )
@@ -210,7 +221,7 @@ class VirtualizationService:
             transport=place.transport,
             listener=place.listener,
             record=self._record,
-            clear=lambda: self._state.remove_vm_directory(place.cid),
+            clear=partial(self._remove_directory, place.cid),
             give_back=give_back,
         )
         actor = VmActor(spec, info, context, hangup_timeout)
@@ -246,21 +257,25 @@ class VirtualizationService:
             raise UnsupportedOperationError(f"no vhost-device-vsock: {self._facts.vhost_device_vsock.advice}")
         return helper
 
-    async def _find_place(self, owned: ExitStack) -> _Place:
+    async def _find_place(self, claim: ExitStack) -> _Place:
         failure: Exception | None = None
         for _ in range(CONTEXT_ATTEMPTS):
             with ExitStack() as attempt:
                 cid = await self._state.cids.claim()
                 attempt.callback(self._state.cids.release, cid)
                 directory = self._state.make_vm_directory(cid)
-                attempt.callback(self._state.remove_vm_directory, cid)
+                attempt.callback(self._remove_directory, cid)
                 try:
                     place = self._listen(cid, directory, attempt)
                 except (VmactorError, OSError) as error:
+                    cause = error if isinstance(error, OSError) else error.__cause__
+                    if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+                        text = f"no RPC server for a VM: {cause.strerror}; raise 'ulimit -n', or make room"
+                        raise ResourceExhaustedError(text) from error
                     failure = error
                     logger.warning("no RPC server for a CID", cid=cid, error=str(error))
                     continue
-                owned.push(attempt.pop_all())
+                claim.push(attempt.pop_all())
                 return place
         raise ServiceSpecificError(f"Too many attempts to create VM context failed: {failure}") from failure
 
@@ -275,6 +290,13 @@ class VirtualizationService:
         hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
         attempt.callback(hybrid.close)
         return _Place(cid, directory, hybrid, hybrid.listen(cid), None)
+
+    def _remove_directory(self, cid: int) -> None:
+        with suppress(
+            OSError
+        ):  # takes no descriptor, should there be none left, but works for an empty one only
+            self._state.vm_directory(cid).rmdir()
+        self._state.remove_vm_directory(cid)
 
     def _helper_pid(self, cid: int) -> int | None:
         actor = self._actors.get(cid)
