@@ -57,6 +57,7 @@ class ScriptedVmm:
         self.calls: list[str] = []
         self.stats: BalloonStats | None = None
         self.stuck = False
+        self.close_seconds = 0.0
         self.closed = False
 
     def write(self, channel: str, data: bytes) -> None:
@@ -119,6 +120,7 @@ class ScriptedVmm:
 
     async def aclose(self) -> None:
         self.kill()
+        await anyio.sleep(self.close_seconds)
         self._close_channels()
         self.closed = True
 
@@ -204,11 +206,16 @@ class Bench:
             record=lambda info: self.log.append(f"record {info.state.name}"),
             clear=lambda: self.log.append("clear"),
             give_back=self._give_back,
+            abandon=self._abandon,
         )
         self.actor = VmActor(spec, info, context, self.hangup_timeout)
 
     def _give_back(self) -> None:
         self.log.append("give back")
+        self._resources.close()
+
+    def _abandon(self) -> None:
+        self.log.append("abandon")
         self._resources.close()
 
     def seen(self) -> list[Event]:

@@ -22,6 +22,7 @@ from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.service import VirtualizationService
 from vmactor.config import DiskImage, RawConfig
 from vmactor.errors import (
+    DeadlineExceededError,
     IllegalArgumentError,
     IllegalStateError,
     ResourceExhaustedError,
@@ -434,6 +435,27 @@ async def test_a_creation_that_is_done_when_the_service_is_ending_leaves_nothing
         await anyio.wait_all_tasks_blocked()
     assert service.list_vms() == []
     assert left_in(short_dir) == []
+
+
+async def test_a_helper_that_survives_its_kill_keeps_directory_and_cid_as_long_as_it_must(
+    short_dir: Path, config: RawConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        vm = await started(await service.create_vm(config), driver)
+        monkeypatch.setattr(ScriptedHelper, "stuck", True)
+        with pytest.raises(DeadlineExceededError, match="vsock helper"):
+            await vm.stop(timeout=1000)
+        died = await vm.wait()
+        assert died is not None
+        assert died.reason is DeathReason.KILLED
+        assert "vsock helper" in died.detail
+        assert service.list_vms() == []
+        assert sorted(left_in(short_dir)) == ["2048", "CID 2048"]
+        assert (await service.create_vm(config)).cid == 2049
+    assert left_in(short_dir) == ["2048"]
+    with StateDirectory(short_dir / "state") as state:
+        assert [(record["cid"], record["alive"]) for record in state.records()] == [(2048, False)]
 
 
 # -- Out of something ----------------------------------------------------------------------------------

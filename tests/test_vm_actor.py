@@ -510,6 +510,53 @@ async def test_an_actor_that_is_stopped_while_it_clears_away_finishes_that(
     assert bench.log[-2:] == ["clear", "give back"]
 
 
+async def test_a_vmm_that_survives_its_kill_keeps_its_directory_and_cid(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    refused: list[Exception] = []
+    async with anyio.create_task_group() as tg:
+
+        async def stop(vm: VirtualMachine) -> None:
+            with pytest.raises(DeadlineExceededError, match="process 4242") as caught:
+                await vm.stop(timeout=1000)
+            refused.append(caught.value)
+
+        async with Supervisor("test") as supervisor:
+            await supervisor.start("vm", bench.actor.run)  # cannot be asked to stop: it is cancelled
+            vm = VirtualMachine(bench.actor, bench.bus)
+            await run(bench, vm)
+            bench.driver.vmm.stuck = True
+            tg.start_soon(stop, vm)
+            await anyio.wait_all_tasks_blocked()
+    assert len(refused) == 1
+    died = await vm.wait()
+    assert died is not None
+    assert died.reason is DeathReason.KILLED
+    assert "process 4242" in died.detail
+    assert "directory" in died.detail
+    assert "clear" not in bench.log
+    assert bench.log[-2:] == ["record DEAD", "abandon"]
+    assert vm.info.pid == 4242
+    assert bench.driver.vmm.closed
+    with pytest.raises(DeadlineExceededError, match="process 4242"):
+        await vm.aclose()
+
+
+async def test_how_a_vmm_ended_is_not_forgotten_when_the_manager_gives_up_meanwhile(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with Supervisor("test") as supervisor:
+        await supervisor.start("vm", bench.actor.run)  # cannot be asked to stop: it is cancelled
+        vm = VirtualMachine(bench.actor, bench.bus)
+        await run(bench, vm)
+        bench.driver.vmm.close_seconds = 100
+        bench.driver.vmm.write("console", b"good bye")
+        bench.driver.vmm.end(SHUTDOWN)
+        await anyio.sleep(1)
+        assert vm.state is VirtualMachineState.DEAD
+    died = vm.info.died
+    assert died is not None
+    assert (died.reason, died.exit_code, died.console_tail) == (DeathReason.SHUTDOWN, 0, "good bye")
+
+
 async def test_a_fault_of_ours_in_a_run_ends_the_vm_and_says_so(short_dir: Path) -> None:
     bench = Bench(short_dir)
     bench.driver.spawn_error = ZeroDivisionError("a bug")

@@ -216,12 +216,14 @@ class VirtualMachine:
         """Give the VM up: kill it if it runs, and wait until nothing of it is left, even when cancelled.
 
         Raises:
-            DeadlineExceededError: It is still there after ``STOP_SECONDS``.
+            DeadlineExceededError: It is still there after ``STOP_SECONDS``, or has survived its kill.
         """
         self._drop.detach()
         self._actor.release()
         with anyio.move_on_after(STOP_SECONDS, shield=True):
             await self._actor.ended.wait()
+            if self._actor.survivors:
+                raise DeadlineExceededError(f"{self._actor.survivors} survived SIGKILL: {self!r}")
             return
         raise DeadlineExceededError(f"{self!r} is still there {STOP_SECONDS:g} s after it was killed")
 

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Final
 
 from vmactor.errors import (
+    DeadlineExceededError,
     IllegalStateError,
     InvalidPayloadTransitionError,
     MailboxFullError,
@@ -144,6 +145,7 @@ class RunEnded:
         detail: For people.
         console_tail: The end of the console.
         console_dropped: Console bytes not kept.
+        survivors: The run's processes that outlived SIGKILL, for people.
     """
 
     generation: int
@@ -154,6 +156,7 @@ class RunEnded:
     detail: str = ""
     console_tail: str = ""
     console_dropped: int = 0
+    survivors: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,7 @@ class RunControl:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """Close the RPC server and remove the VM's files."""
+    """Close the RPC server and remove the VM's files; they stay as long as a process of the VM lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +252,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The VM will never change again: give the CID back and end the actor."""
+    """The VM will never change again: give the CID back, unless a process lives on it, and end the actor."""
 
 
 Action = (
@@ -275,6 +278,7 @@ class Life:
         stoppers: Who waits for the end.
         controls: Control requests in order, with who waits; the first is being carried out.
         stale: Messages of earlier runs, ignored.
+        survivors: Processes that outlived SIGKILL, for people; the VM's files and CID are theirs.
     """
 
     hangup_timeout: float | None = None
@@ -288,6 +292,7 @@ class Life:
     stoppers: tuple[Hashable, ...] = ()
     controls: tuple[tuple[Control, Hashable], ...] = ()
     stale: int = 0
+    survivors: str = ""
 
     @property
     def public_state(self) -> VirtualMachineState:
@@ -466,6 +471,7 @@ def _control_done(life: Life, error: VmactorError | None) -> Step:
 def _ended(life: Life, run: RunEnded) -> Step:
     if life.phase in (Phase.NOT_STARTED, Phase.DEAD):
         return life, []
+    left = f"{run.survivors} survived SIGKILL, so its directory and CID are kept" if run.survivors else ""
     reason = death_reason_of_text(run.failure)
     if reason is None:
         hung = life.payload is PayloadState.HANGUP and not run.failure
@@ -475,7 +481,7 @@ def _ended(life: Life, run: RunEnded) -> Step:
         exit_code=run.exit_code,
         signal=run.signal,
         failure=run.failure,
-        detail=run.detail,
+        detail="\n".join(text for text in (run.detail, left) if text),
         console_tail=run.console_tail,
         console_dropped=run.console_dropped,
     )
@@ -484,10 +490,13 @@ def _ended(life: Life, run: RunEnded) -> Step:
         actions.append(Refuse(life.starter, _start_error(life, run)))
     gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")
     actions += [Refuse(reply, gone) for _, reply in life.controls]
-    actions += [Answer(reply) for reply in life.stoppers]
+    actions += [
+        Refuse(reply, DeadlineExceededError(left)) if left else Answer(reply) for reply in life.stoppers
+    ]
     actions.append(Finish())
-    dead = replace(life, phase=Phase.DEAD, pid=None, starter=None, stoppers=(), controls=(), suspended=False)
-    return dead, actions
+    pid = life.pid if left else None
+    dead = replace(life, phase=Phase.DEAD, pid=pid, starter=None, stoppers=(), controls=(), suspended=False)
+    return replace(dead, survivors=run.survivors), actions
 
 
 def _start_error(life: Life, run: RunEnded) -> VmactorError:

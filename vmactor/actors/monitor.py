@@ -6,8 +6,8 @@ descriptor or socket of the run is left.
 """
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -27,7 +27,7 @@ from vmactor.errors import (
 )
 from vmactor.log import get_logger
 from vmactor.messages import DeathReason
-from vmactor.process import UNKNOWN
+from vmactor.process import UNKNOWN, Process
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm.driver import (
     Channels,
@@ -47,6 +47,8 @@ RAMDUMP_CAP: Final = 4096 * MIB
 CONSOLE_TAIL: Final = 16 * 1024
 FAILURE_CAP: Final = 4 * 1024
 STDERR_TAIL: Final = 4 * 1024
+KILL_SECONDS: Final = 10.0
+"""How long a killed process may take to end before it counts as a survivor."""
 HELPER_GRACE: Final = 0.5
 """A VMM that ends within this time of its helper ended by itself."""
 
@@ -93,11 +95,13 @@ class Run:
     Attributes:
         vmm: The VMM, once spawned.
         helper_pid: The vsock helper's process, while it lives.
+        survivors: The processes that outlived SIGKILL, for people.
     """
 
     def __init__(self, spec: RunSpec, generation: int, post: Callable[[Message], None]) -> None:
         self.vmm: Vmm | None = None
         self.helper_pid: int | None = None
+        self.survivors: list[str] = []
         self._helper: VhostDeviceVsock | None = None
         self._spec = spec
         self._generation = generation
@@ -105,6 +109,8 @@ class Run:
         self._killed = False
         self._startup: anyio.CancelScope | None = None
         self._failure: VmmExit | None = None
+        self._ended: VmmExit | None = None
+        self._pipes: _Pipes | None = None
 
     def kill(self) -> None:
         """End the run now; never blocks, any number of times."""
@@ -131,7 +137,7 @@ class Run:
         """The supervisor's child; always reports ``RunEnded`` last."""
         task_status.started()
         try:
-            pipes = _Pipes(self._spec.sinks)
+            pipes = self._pipes = _Pipes(self._spec.sinks)
         except (OSError, VmactorError) as error:
             exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
             self._post(RunEnded(self._generation, DeathReason.START_FAILED, detail=str(exhausted)))
@@ -145,19 +151,32 @@ class Run:
                     drains.start_soon(drain.finish)
         finally:
             pipes.close()
-        self._post(self._summary(ended, pipes))
+        self._post(self.account(ended))
 
-    def _summary(self, ended: VmmExit, pipes: "_Pipes") -> RunEnded:
-        last_words = pipes.stderr.tail.decode(errors="replace").strip()
-        return RunEnded(
+    def account(self, otherwise: VmmExit) -> RunEnded:
+        """What is known of the run, after its end.
+
+        Args:
+            otherwise: How it ended, unless its VMM is known to have ended before.
+        """
+        ended = self._ended or otherwise
+        known = RunEnded(
             self._generation,
             ended.reason,
             exit_code=ended.status.code,
             signal=ended.status.signal,
-            failure=pipes.failure.tail.decode(errors="replace"),
+            detail=ended.detail,
+            survivors=" and ".join(self.survivors),
+        )
+        if self._pipes is None:
+            return known
+        last_words = self._pipes.stderr.tail.decode(errors="replace").strip()
+        return replace(
+            known,
+            failure=self._pipes.failure.tail.decode(errors="replace"),
             detail="\n".join(part for part in (ended.detail, last_words) if part),
-            console_tail=pipes.console.tail.decode(errors="replace"),
-            console_dropped=pipes.console.dropped,
+            console_tail=self._pipes.console.tail.decode(errors="replace"),
+            console_dropped=self._pipes.console.dropped,
         )
 
     async def _until_exit(self, pipes: "_Pipes") -> VmmExit:
@@ -173,8 +192,9 @@ class Run:
                 pipes.close_write_ends()
                 self._post(VmmSpawned(self._generation, self.vmm.pid))
                 ended = await self._watch(self.vmm)
+                self._ended = replace(self._failure, status=ended.status) if self._failure else ended
                 self._post(VmmGone(self._generation))
-                return replace(self._failure, status=ended.status) if self._failure else ended
+                return self._ended
         except VmactorError as error:
             return VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
         except OSError as error:
@@ -185,7 +205,8 @@ class Run:
     async def _start_helper(self, stack: AsyncExitStack) -> None:
         if self._spec.helper is not None:
             self._helper = VhostDeviceVsock.spawn(self._spec.helper, self._spec.cid, self._spec.directory)
-            await stack.enter_async_context(_closing(self._helper))
+            closing = self._closing("its vsock helper", self._helper.process, self._helper.aclose)
+            await stack.enter_async_context(closing)
             self.helper_pid = self._helper.process.pid
 
     async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes") -> Vmm:
@@ -200,8 +221,26 @@ class Run:
             device = KernelVsock(spec.vhost_fd)
         launch = Launch(spec.name, spec.cid, spec.config, device, pipes.channels, spec.directory)
         vmm = await spec.driver.spawn(launch)
-        await stack.enter_async_context(_closing(vmm))
+        await stack.enter_async_context(self._closing("its VMM", vmm, vmm.aclose))
         return vmm
+
+    @asynccontextmanager
+    async def _closing(
+        self, name: str, process: Process | Vmm, aclose: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            with anyio.CancelScope(shield=True):
+                try:
+                    with suppress(PermissionError):
+                        process.kill()
+                    with anyio.move_on_after(KILL_SECONDS) as patience:
+                        await process.wait()
+                    if patience.cancelled_caught:
+                        self.survivors.append(f"{name} (process {process.pid})")
+                finally:
+                    await aclose()
 
     async def _watch(self, vmm: Vmm) -> VmmExit:
         async with anyio.create_task_group() as watchers:
@@ -273,12 +312,3 @@ class _Pipes:
         self.close_write_ends()
         while self._reads:
             os.close(self._reads.pop())
-
-
-@asynccontextmanager
-async def _closing(resource: VhostDeviceVsock | Vmm) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        with anyio.CancelScope(shield=True):
-            await resource.aclose()

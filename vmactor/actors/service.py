@@ -107,6 +107,7 @@ class VirtualizationService:
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
         self._actors: dict[int, VmActor] = {}
+        self._kept: set[int] = set()  # CIDs whose dead VMs left a living process behind
         self._supervisor = Supervisor("service", self._vm_ended)
         self._open = False
         self._state: StateDirectory
@@ -216,6 +217,11 @@ class VirtualizationService:
             self._actors.pop(place.cid, None)
             resources.close()
 
+        def abandon() -> None:
+            logger.error("a process survived its VM; the VM's directory and CID are kept", cid=place.cid)
+            self._kept.add(place.cid)
+            give_back()
+
         context = VmContext(
             bus=self.bus,
             transport=place.transport,
@@ -223,6 +229,7 @@ class VirtualizationService:
             record=self._record,
             clear=partial(self._remove_directory, place.cid),
             give_back=give_back,
+            abandon=abandon,
         )
         actor = VmActor(spec, info, context, hangup_timeout)
         self._actors[place.cid] = actor
@@ -262,7 +269,7 @@ class VirtualizationService:
         for _ in range(CONTEXT_ATTEMPTS):
             with ExitStack() as attempt:
                 cid = await self._state.cids.claim()
-                attempt.callback(self._state.cids.release, cid)
+                attempt.callback(self._release, cid)
                 directory = self._state.make_vm_directory(cid)
                 attempt.callback(self._remove_directory, cid)
                 try:
@@ -291,10 +298,14 @@ class VirtualizationService:
         attempt.callback(hybrid.close)
         return _Place(cid, directory, hybrid, hybrid.listen(cid), None)
 
+    def _release(self, cid: int) -> None:
+        if cid not in self._kept:
+            self._state.cids.release(cid)
+
     def _remove_directory(self, cid: int) -> None:
-        with suppress(
-            OSError
-        ):  # takes no descriptor, should there be none left, but works for an empty one only
+        if cid in self._kept:
+            return
+        with suppress(OSError):  # takes no descriptor, should there be none left; works on an empty one
             self._state.vm_directory(cid).rmdir()
         self._state.remove_vm_directory(cid)
 

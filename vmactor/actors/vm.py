@@ -36,7 +36,6 @@ from vmactor.actors.lifecycle import (
     Release,
     Resume,
     RunControl,
-    RunEnded,
     SpawnRun,
     Suspend,
     TrimMemory,
@@ -57,7 +56,9 @@ from vmactor.messages import (
     PayloadStarted,
     VmInfo,
 )
+from vmactor.process import UNKNOWN
 from vmactor.supervisor import ChildExit, Decision, Supervisor
+from vmactor.vmm.driver import VmmExit
 from vmactor.vsock import VsockListener, VsockTransport
 
 TRIM_PERCENT: Final = {
@@ -82,6 +83,7 @@ class VmContext:
         record: Makes the VM's state visible to other processes.
         clear: Removes the VM's files.
         give_back: Releases the CID and every descriptor that the VM owned.
+        abandon: In its place where a process of the VM lives on: releases the descriptors only.
     """
 
     bus: Bus[Event]
@@ -90,6 +92,7 @@ class VmContext:
     record: Callable[[VmInfo], None]
     clear: Callable[[], None]
     give_back: Callable[[], None]
+    abandon: Callable[[], None]
 
 
 class VmActor:
@@ -132,6 +135,11 @@ class VmActor:
         return self._context.transport
 
     @property
+    def survivors(self) -> str:
+        """Processes of the dead VM that outlived SIGKILL, for people; empty if all is well."""
+        return self._life.survivors
+
+    @property
     def helper_pid(self) -> int | None:
         """The process whose vsock connections are the guest's, while there is one."""
         return self.run_under_way.helper_pid if self.run_under_way is not None else None
@@ -168,9 +176,10 @@ class VmActor:
 
     async def _end_at_once(self) -> None:
         """Go on where the actor was interrupted, maybe in the middle of the exit, and end in order."""
-        reason = DeathReason.KILLED if self._life.alive else DeathReason.INFRASTRUCTURE_ERROR
-        self._take(RunEnded(self._life.generation, reason, detail="the manager gave the VM up"))
-        if self._life.phase is Phase.NOT_STARTED:
+        if self.run_under_way is not None:
+            given_up = VmmExit(UNKNOWN, DeathReason.KILLED, "the manager gave the VM up")
+            self._take(self.run_under_way.account(given_up))
+        else:
             self._take(Release())
         self._due.appendleft(Clear())  # it may be the one that was interrupted
         with anyio.CancelScope(shield=True):
@@ -211,7 +220,7 @@ class VmActor:
                 self.mailbox.refuse(reply, error)  # type: ignore[arg-type]
             case Finish():
                 try:
-                    self._context.give_back()
+                    (self._context.abandon if self._life.survivors else self._context.give_back)()
                 finally:
                     self.ended.set()
 
@@ -228,7 +237,8 @@ class VmActor:
         try:
             await self._context.listener.aclose()
         finally:
-            self._context.clear()
+            if not self._life.survivors:
+                self._context.clear()
 
     def _post(self, message: Message) -> None:
         try:
@@ -241,10 +251,11 @@ class VmActor:
             # A fault of ours, not of the VM; the VM is ended in order rather than left without an owner.
             self._log.error("a VM's child failed", child=child.name, exc_info=child.error)
             detail = f"internal error in {child.name}: {child.error!r}"
-            if child.name == "run":
-                self._post(RunEnded(self._life.generation, DeathReason.INFRASTRUCTURE_ERROR, detail=detail))
-            elif self.run_under_way is not None:
-                self.run_under_way.kill()
+            run = self.run_under_way
+            if run is not None and child.name == "run":
+                self._post(run.account(VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)))
+            elif run is not None:
+                run.kill()
         return Decision.IGNORE
 
     # -- Telling the world ------------------------------------------------------------------------
@@ -284,7 +295,7 @@ class VmActor:
         )
         if info != self.info:
             self.info = info
-            if life.phase is not Phase.DEAD:
+            if life.phase is not Phase.DEAD or life.survivors:
                 self._context.record(info)
 
 
