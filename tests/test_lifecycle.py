@@ -298,7 +298,7 @@ def test_a_payload_that_reported_does_not_hang_up() -> None:
 
 def test_a_suspended_vm_gets_its_whole_time_again() -> None:
     life, actions = transition(replace(RUNNING, suspended=True), HangupExpired(1))
-    assert actions == [ArmHangup(1)]
+    assert actions == []
     assert life.payload is PayloadState.STARTING
 
 
@@ -350,13 +350,13 @@ def test_control_requests_are_carried_out_one_at_a_time_in_order() -> None:
     life, actions = play((Suspend(), "a"), (trim, "b"), (Resume(), "c"), life=RUNNING)
     assert actions == [RunControl(1, Suspend())]
     life, actions = play(ControlDone(1, None), life=life)
-    assert kinds(actions) == ["suspended", "Answer", "RunControl"]
+    assert kinds(actions) == ["DisarmHangup", "suspended", "Answer", "RunControl"]
     assert life.suspended
     refused = VmmError("no")
     life, actions = play(ControlDone(1, refused), life=life)
     assert actions == [Refuse("b", refused), RunControl(1, Resume())]
     life, actions = play(ControlDone(1, None), life=life)
-    assert kinds(actions) == ["resumed", "Answer"]
+    assert kinds(actions) == ["ArmHangup", "resumed", "Answer"]
     assert not life.suspended
 
 

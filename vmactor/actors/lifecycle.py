@@ -44,6 +44,7 @@ from vmactor.messages import (
     VirtualMachineState,
     death_reason_of_text,
 )
+from vmactor.text import escape
 
 MAX_CONTROLS: Final = 16
 """Control requests of one VM that may wait for its VMM."""
@@ -426,8 +427,7 @@ def _hangup(life: Life) -> Step:
     if not life.alive or life.payload is not PayloadState.STARTING or life.hangup_timeout is None:
         return life, []
     if life.suspended:
-        # A paused guest cannot report; it gets its whole time again.
-        return life, [ArmHangup(life.generation)]
+        return life, []
     event = HungUp(timeout=life.hangup_timeout)
     return replace(life, payload=PayloadState.HANGUP, killed=True), [Publish(event), KillRun()]
 
@@ -450,17 +450,20 @@ def _control_done(life: Life, error: VmactorError | None) -> Step:
     (control, reply), rest = life.controls[0], life.controls[1:]
     actions: list[Action] = []
     suspended = life.suspended
+    watched = life.alive and life.payload is PayloadState.STARTING and life.hangup_timeout is not None
     if error is not None:
         actions.append(Refuse(reply, error))
     else:
         match control:
-            case Suspend():
-                actions += [] if suspended else [Publish(Suspended())]
+            case Suspend() if not suspended:
                 suspended = True
-            case Resume():
-                actions += [Publish(Resumed())] if suspended else []
+                # A paused guest cannot report; it gets its whole time again when it is resumed.
+                actions += [DisarmHangup(), Publish(Suspended())] if watched else [Publish(Suspended())]
+            case Resume() if suspended:
                 suspended = False
-            case TrimMemory():
+                again: list[Action] = [ArmHangup(life.generation)] if watched else []
+                actions += [*again, Publish(Resumed())]
+            case _:
                 pass
         actions.append(Answer(reply))
     if rest:
@@ -500,11 +503,12 @@ def _ended(life: Life, run: RunEnded) -> Step:
 
 
 def _start_error(life: Life, run: RunEnded) -> VmactorError:
+    cause = "\n".join(escape(line) for line in run.detail.splitlines())
     if life.payload is PayloadState.HANGUP:
-        return StartFailedError(f"the VM hung up before its VMM ran: {run.detail}")
+        return StartFailedError(f"the VM hung up before its VMM ran: {cause}")
     if life.killed:
         return IllegalStateError("the VM was stopped before its VMM ran")
-    return StartFailedError(run.detail or "the VMM ended before it ran")
+    return StartFailedError(cause or "the VMM ended before it ran")
 
 
 def _stale(life: Life, message: Message, reply: Hashable) -> Step:
