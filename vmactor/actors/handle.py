@@ -4,14 +4,12 @@ A handle only sends messages to the VM's actor and reads what the actor publishe
 it. When the last reference goes, or its ``async with`` block is left, the VM is killed (as in the reference).
 """
 
-import threading
 import weakref
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import anyio
-from anyio import from_thread
 from anyio.lowlevel import EventLoopToken, current_token
 
 from vmactor.actors.guest_rpc import GuestRpcStatistics
@@ -46,7 +44,7 @@ class VirtualMachine:
     def __init__(self, actor: VmActor, bus: Bus[Event]) -> None:
         self._actor = actor
         self._bus = bus
-        self._drop = weakref.finalize(self, _dropped, actor, current_token(), threading.get_ident())
+        self._drop = weakref.finalize(self, _dropped, actor, current_token())
         self._drop.atexit = False
 
     def __repr__(self) -> str:
@@ -97,7 +95,8 @@ class VirtualMachine:
             DeadlineExceededError: Neither yet.
         """
         try:
-            await self._actor.mailbox.ask(Start(), timeout=timeout)
+            # In the lane of stop, so that no stop that is sent later overtakes it.
+            await self._actor.mailbox.ask(Start(), timeout=timeout, control=True)
         except ActorDiedError:
             raise IllegalStateError("VM already started or failed") from None
 
@@ -174,7 +173,8 @@ class VirtualMachine:
 
         Raises:
             IllegalStateError: The VM is dead.
-            IllegalArgumentError: The port is the VM's own RPC port, taken, or no port at all.
+            IllegalArgumentError: The port is the VM's own RPC port, or no port at all.
+            VsockError: The port is taken.
         """
         if self.state is VirtualMachineState.DEAD:
             raise IllegalStateError(NOT_RUNNING)
@@ -185,15 +185,18 @@ class VirtualMachine:
     def events(self, *, capacity: int = 256) -> Subscription[Event]:
         """What happens to this VM from now on; ends after ``died`` or ``removed``.
 
-        Subscribing to a dead VM still gives its last event.
+        Subscribing to a dead VM still gives its last event, unless more than a thousand VMs ended after it.
         """
         cid, born = self.cid, self._actor.created_seq
-        return self._bus.subscribe(
+        subscription = self._bus.subscribe(
             lambda event: event.cid == cid and event.seq >= born,
             capacity=capacity,
             late=True,
             until_end=True,
         )
+        if self._actor.ended.is_set():
+            subscription.close()  # nothing will come; what the bus remembered can still be read
+        return subscription
 
     def publish_message(
         self, direction: Literal["guest_to_host", "host_to_guest"], port: int, text: str
@@ -228,10 +231,13 @@ class VirtualMachine:
         raise DeadlineExceededError(f"{self!r} is still there {STOP_SECONDS:g} s after it was killed")
 
 
-def _dropped(actor: VmActor, loop: EventLoopToken, thread: int) -> None:
-    """The last reference to a handle went; the garbage collector runs this in whatever thread it likes."""
-    if threading.get_ident() == thread:
-        actor.release()
-        return
+def _dropped(actor: VmActor, loop: EventLoopToken) -> None:
+    """The last reference to a handle went.
+
+    The garbage collector runs this in whatever thread it likes, in the middle of anything. So it touches no
+    mailbox and waits for nothing: it leaves word with the loop, by what both kinds of loop have for that.
+    """
+    native: Any = loop.native_token
+    schedule = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
     with suppress(RuntimeError):  # the loop has ended, and every VM with it
-        from_thread.run_sync(actor.release, token=loop)
+        schedule(actor.release)
