@@ -174,6 +174,7 @@ def _unwritable(tmp_path: Path) -> int:
         ({"platform_version": "~2.0"}, {}, UnsupportedOperationError),
         ({}, {"hangup_detection": True, "hangup_timeout": 0}, IllegalArgumentError),
         ({}, {"hangup_detection": True, "hangup_timeout": float("nan")}, IllegalArgumentError),
+        ({}, {"hangup_timeout": 30}, IllegalArgumentError),
         ({}, {"console": 987}, IllegalArgumentError),
         ({}, {"log": -1}, IllegalArgumentError),
         ({}, {"ramdump": _unwritable}, IllegalArgumentError),
@@ -336,6 +337,39 @@ async def test_leaving_kills_every_vm_and_returns_when_nothing_is_left(
     assert [vm.info.died.reason for vm in vms if vm.info.died] == [DeathReason.KILLED] * 3
     assert idle.info.died is None
     assert await idle.wait() is None
+
+
+async def test_leaving_waits_for_all_that_are_stuck_at_the_same_time(
+    short_dir: Path, config: RawConfig
+) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        vms = [await started(await service.create_vm(config), driver) for _ in range(5)]
+        for vmm in driver.vmms:
+            vmm.stuck = True
+        began = anyio.current_time()
+    assert anyio.current_time() - began < 60
+    assert all(vm.info.died for vm in vms)
+    assert sorted(left_in(short_dir)) == [str(vm.cid) for vm in vms]
+
+
+async def test_who_reads_events_learns_that_the_service_has_ended(short_dir: Path, config: RawConfig) -> None:
+    async with anyio.create_task_group() as tg:
+        kinds = []
+        service = service_in(short_dir)
+
+        async def read(until_all_is_over: anyio.Event) -> None:
+            with service.subscribe() as events:
+                until_all_is_over.set()
+                kinds.extend([event.kind async for event in events])
+
+        reading = anyio.Event()
+        tg.start_soon(read, reading)
+        await reading.wait()
+        async with service:
+            vm = await service.create_vm(config)
+    assert kinds == ["created", "removed"]
+    assert [event.kind async for event in vm.events()] == ["removed"]
 
 
 async def test_the_bodys_exception_comes_out_as_itself(short_dir: Path, config: RawConfig) -> None:

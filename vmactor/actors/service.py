@@ -129,12 +129,22 @@ class VirtualizationService:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         self._open = False
-        for actor in self._actors.values():
-            actor.release()  # all die at the same time; the supervisor then waits for each
         try:
-            return await self._supervisor.__aexit__(kind, value, trace)
+            await self._stop_all()
         finally:
-            self._state.close()
+            try:
+                swallowed = await self._supervisor.__aexit__(kind, value, trace)
+            finally:
+                self._state.close()
+                self.bus.close()
+        return swallowed
+
+    async def _stop_all(self) -> None:
+        """Stop all VMs at the same time, each within its deadline; the supervisor would do it one by one."""
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as stopping:
+                for child in self._supervisor.children:
+                    stopping.start_soon(self._supervisor.stop, child)
 
     @property
     def selection(self) -> Selection:
@@ -177,6 +187,8 @@ class VirtualizationService:
         helper = self._helper() if self._selection.vsock == "hybrid" else None
         if hangup_timeout is not None and not hangup_timeout > 0:
             raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
+        if hangup_timeout is not None and not hangup_detection:
+            raise IllegalArgumentError("a hang-up timeout is of no use without hangup_detection=True")
         timeout = hangup_timeout or (HANGUP_SECONDS_EMULATED if driver.emulated else HANGUP_SECONDS)
         with ExitStack() as owned:
             claim = owned.enter_context(ExitStack())  # given back last, when our descriptors are free again
