@@ -51,6 +51,7 @@ class ScriptedVmm:
         self.running = anyio.Event()
         self.ended = anyio.Event()
         self.exit = VmmExit(ExitStatus(0, None), DeathReason.SHUTDOWN)
+        self.run_error: VmmError | None = None
         self.refusal: VmmError | None = None
         self.answers = anyio.Event()
         self.answers.set()
@@ -76,6 +77,8 @@ class ScriptedVmm:
             os.close(self.channels.popitem()[1])
 
     async def wait_running(self) -> None:
+        if self.run_error is not None:
+            raise self.run_error
         async with anyio.create_task_group() as tg:
 
             async def until(event: anyio.Event) -> None:
@@ -150,6 +153,7 @@ class ScriptedDriver:
         self.may_spawn = anyio.Event()
         self.may_spawn.set()
         self.spawn_error: Exception | None = None
+        self.run_error: VmmError | None = None
 
     @property
     def vmm(self) -> ScriptedVmm:
@@ -167,6 +171,7 @@ class ScriptedDriver:
         if self.spawn_error is not None:
             raise self.spawn_error
         self.vmms.append(ScriptedVmm(launch))
+        self.vmm.run_error = self.run_error
         self.spawned.set()
         return self.vmm
 

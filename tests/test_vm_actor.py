@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ from vmactor.messages import (
 from vmactor.process import ExitStatus
 from vmactor.supervisor import Decision, Supervisor
 from vmactor.vmm.driver import VmmExit
+from vmactor.vsock import VsockStream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -195,6 +197,23 @@ async def test_stop_while_the_vmm_is_being_spawned_gives_the_spawn_up(short_dir:
     assert bench.driver.vmms == []
 
 
+async def test_a_stop_is_never_taken_before_the_start_that_came_first(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    vm = VirtualMachine(bench.actor, bench.bus)
+    async with Supervisor("test") as supervisor, anyio.create_task_group() as tg:
+
+        async def refused() -> None:
+            with pytest.raises(IllegalStateError, match="stopped before"):
+                await vm.start()
+
+        tg.start_soon(refused)  # both have to wait: the actor has not begun
+        await anyio.wait_all_tasks_blocked()
+        tg.start_soon(vm.stop)
+        await anyio.wait_all_tasks_blocked()
+        await supervisor.start("vm", bench.actor.run, ask_to_stop=bench.actor.release)
+    assert bench.kinds() == ["created", "died"]
+
+
 async def test_concurrent_stops_all_return_after_died(short_dir: Path) -> None:
     bench = Bench(short_dir)
     async with living(bench) as vm:
@@ -305,6 +324,24 @@ async def test_a_suspended_vm_does_not_hang_up_until_it_had_its_time(short_dir: 
         died = await vm.wait()
         assert died is not None
         assert died.reason is DeathReason.HANGUP
+
+
+async def test_a_vm_that_is_resumed_has_its_whole_time_to_report(short_dir: Path) -> None:
+    bench = Bench(short_dir, hangup_timeout=30)
+    async with living(bench) as vm:
+        await run(bench, vm)
+        await anyio.sleep(10)
+        await vm.suspend()
+        await anyio.sleep(49)
+        await vm.resume()
+        await anyio.sleep(29)
+        assert vm.state is VirtualMachineState.STARTING
+        await report(bench, NotifyPayloadStarted())
+        await vm.suspend()
+        await vm.resume()
+        await anyio.sleep(100)
+        assert vm.state is VirtualMachineState.STARTED
+        await vm.stop()
 
 
 async def test_the_failure_text_decides_the_reason(short_dir: Path) -> None:
@@ -441,6 +478,21 @@ async def test_dropping_the_last_reference_in_another_thread_kills_the_vm(short_
         await bench.actor.ended.wait()
 
 
+async def test_a_finalizer_touches_no_mailbox_and_waits_for_nothing(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm:
+        await run(bench, vm)
+        holder = [VirtualMachine(bench.actor, bench.bus)]
+        holder.clear()  # as the garbage collector may, in the middle of anything
+        assert len(bench.actor.mailbox) == 0
+        holder.append(VirtualMachine(bench.actor, bench.bus))
+        thread = threading.Thread(target=holder.clear)
+        thread.start()
+        thread.join(10)  # the loop is not there for the thread meanwhile
+        assert not thread.is_alive()
+        await bench.actor.ended.wait()
+
+
 async def test_leaving_the_block_kills_the_vm_even_when_cancelled(short_dir: Path) -> None:
     bench = Bench(short_dir)
     async with living(bench) as vm:
@@ -566,6 +618,79 @@ async def test_a_fault_of_ours_in_a_run_ends_the_vm_and_says_so(short_dir: Path)
         died = await vm.wait()
         assert died is not None
         assert died.reason is DeathReason.INFRASTRUCTURE_ERROR
+
+
+async def test_a_fault_of_ours_in_another_child_is_not_laid_at_the_vms_door(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+
+    async def accept() -> VsockStream:
+        await bench.driver.spawned.wait()
+        raise ZeroDivisionError("a bug")
+
+    bench.actor._context.listener.accept = accept  # type: ignore[method-assign]
+    async with living(bench) as vm:
+        with pytest.raises(StartFailedError, match="a bug"):
+            await vm.start()
+        died = await vm.wait()
+    assert died is not None
+    assert died.reason is DeathReason.INFRASTRUCTURE_ERROR
+    assert "guest-rpc" in died.detail
+
+
+async def test_a_vmm_that_refuses_to_run_and_lives_on_is_killed(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm, anyio.create_task_group() as tg:
+
+        async def refused() -> None:
+            with pytest.raises(StartFailedError, match="not today"):
+                await vm.start()
+
+        bench.driver.run_error = VmmError("not today")
+        tg.start_soon(refused)
+        died = await vm.wait()
+    assert died is not None
+    assert (died.reason, died.signal) == (DeathReason.START_FAILED, 9)
+
+
+async def test_the_words_of_a_vmm_are_escaped_in_the_error_and_kept_in_the_event(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm, anyio.create_task_group() as tg:
+
+        async def refused() -> None:
+            with pytest.raises(StartFailedError) as caught:
+                await vm.start()
+            assert str(caught.value) == "\\x1b\\[2Jgone\nsecond line"
+
+        tg.start_soon(refused)
+        await bench.driver.spawned.wait()
+        bench.driver.vmm.write("stderr", b"\x1b[2Jgone\nsecond line\n")
+        bench.driver.vmm.end(VmmExit(ExitStatus(1, None), DeathReason.START_FAILED))
+        died = await vm.wait()
+    assert died is not None
+    assert died.detail == "\x1b[2Jgone\nsecond line"
+
+
+async def test_those_who_gave_up_stopping_are_forgotten(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm:
+        await run(bench, vm)
+        bench.driver.vmm.stuck = True
+        for _ in range(500):
+            with pytest.raises(DeadlineExceededError):
+                await vm.stop(timeout=1)
+        assert len(bench.actor._life.stoppers) < 100
+        bench.driver.vmm.stuck = False
+        await vm.stop()
+
+
+async def test_the_events_of_a_vm_that_nobody_remembers_end_at_once(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm:
+        await run(bench, vm)
+        await vm.stop()
+        bench.bus._ended.clear()  # as after a thousand other deaths
+        with anyio.fail_after(1):
+            assert [event async for event in vm.events()] == []
 
 
 async def test_messages_over_vsock_can_be_told_while_the_vm_lives(short_dir: Path) -> None:

@@ -49,8 +49,8 @@ FAILURE_CAP: Final = 4 * 1024
 STDERR_TAIL: Final = 4 * 1024
 KILL_SECONDS: Final = 10.0
 """How long a killed process may take to end before it counts as a survivor."""
-HELPER_GRACE: Final = 0.5
-"""A VMM that ends within this time of its helper ended by itself."""
+END_GRACE: Final = 0.5
+"""A VMM that ends within this time of its helper's end, or of a refusal to run, ended by itself."""
 
 log = get_logger()
 
@@ -120,6 +120,11 @@ class Run:
         elif self._startup is not None:
             self._startup.cancel()
 
+    def fail(self, detail: str) -> None:
+        """End the run now because of a fault of ours."""
+        self._failure = self._failure or VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)
+        self.kill()
+
     async def trim(self, percent: int) -> None:
         """Have the balloon take a share of the guest's memory, if it says how much it has."""
         vmm = self.running_vmm()
@@ -188,7 +193,8 @@ class Run:
                     await self._start_helper(stack)
                     self.vmm = await self._spawn(stack, pipes)
                 if self.vmm is None:
-                    return VmmExit(UNKNOWN, DeathReason.KILLED, "stopped before its VMM was spawned")
+                    stopped = VmmExit(UNKNOWN, DeathReason.KILLED, "stopped before its VMM was spawned")
+                    return self._failure or stopped
                 pipes.close_write_ends()
                 self._post(VmmSpawned(self._generation, self.vmm.pid))
                 ended = await self._watch(self.vmm)
@@ -254,8 +260,10 @@ class Run:
     async def _confirm(self, vmm: Vmm) -> None:
         try:
             await vmm.wait_running()
-        except VmmError:
-            pass  # it has ended, or will: its exit tells the reason
+        except VmmError as error:
+            if not await _ends(vmm) and not self._killed:  # else its exit tells the reason
+                self._failure = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
+                vmm.kill()
         except DeadlineExceededError as error:
             if not self._killed:
                 self._failure = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
@@ -266,8 +274,7 @@ class Run:
     async def _watch_helper(self, vmm: Vmm, helper: VhostDeviceVsock) -> None:
         status = await helper.wait()
         self.helper_pid = None
-        with anyio.move_on_after(HELPER_GRACE):
-            await vmm.wait()
+        if await _ends(vmm):
             return
         said = helper.complaints or "nothing"
         detail = f"the VM's vsock helper ended ({status}), so the VM was killed; the helper said: {said}"
@@ -276,6 +283,13 @@ class Run:
         )
         self._failure = VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)
         vmm.kill()
+
+
+async def _ends(vmm: Vmm) -> bool:
+    with anyio.move_on_after(END_GRACE):
+        await vmm.wait()
+        return True
+    return False
 
 
 class _Pipes:

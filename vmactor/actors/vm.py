@@ -43,9 +43,9 @@ from vmactor.actors.lifecycle import (
 )
 from vmactor.actors.monitor import Run, RunSpec
 from vmactor.bus import Bus
-from vmactor.errors import ActorDiedError, IllegalStateError, VmactorError
+from vmactor.errors import ActorDiedError, IllegalStateError, MailboxFullError, VmactorError
 from vmactor.log import get_logger
-from vmactor.mailbox import Mailbox
+from vmactor.mailbox import Mailbox, Reply
 from vmactor.messages import (
     Created,
     DeathReason,
@@ -67,6 +67,9 @@ TRIM_PERCENT: Final = {
     MemoryTrimLevel.TRIM_MEMORY_RUNNING_MODERATE: 10,
 }
 """Share of the guest's memory that the balloon takes, per level (reference: memory trimming)."""
+
+MANY_STOPPERS: Final = 64
+"""From so many on, those who no longer wait for the end of a VM that does not die are forgotten."""
 
 REPORT_SECONDS: Final = 10.0
 """How long a guest's call may wait for its VM's actor."""
@@ -146,7 +149,7 @@ class VmActor:
 
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""
-        with suppress(ActorDiedError):
+        with suppress(ActorDiedError, MailboxFullError):  # full only while it clears away: it is about to end
             self.mailbox.control(Release())
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
@@ -172,6 +175,9 @@ class VmActor:
     def _take(self, message: Message, reply: Hashable = None) -> None:
         self._life, actions = transition(self._life, message, reply)
         self._due.extend(actions)
+        if len(self._life.stoppers) > MANY_STOPPERS:
+            waiting = [who for who in self._life.stoppers if isinstance(who, Reply) and not who.abandoned]
+            self._life = replace(self._life, stoppers=tuple(waiting))
         self._refresh()
 
     async def _end_at_once(self) -> None:
@@ -255,7 +261,7 @@ class VmActor:
             if run is not None and child.name == "run":
                 self._post(run.account(VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)))
             elif run is not None:
-                run.kill()
+                run.fail(detail)
         return Decision.IGNORE
 
     # -- Telling the world ------------------------------------------------------------------------
