@@ -59,6 +59,7 @@ class ScriptedVmm:
         self.stats: BalloonStats | None = None
         self.stuck = False
         self.close_seconds = 0.0
+        self.close_error: OSError | None = None
         self.closed = False
 
     def write(self, channel: str, data: bytes) -> None:
@@ -126,6 +127,8 @@ class ScriptedVmm:
         await anyio.sleep(self.close_seconds)
         self._close_channels()
         self.closed = True
+        if self.close_error is not None:
+            raise self.close_error
 
 
 def _open_channels(launch: Launch) -> dict[str, int]:
@@ -183,6 +186,7 @@ class Bench:
     directory: Path
     hangup_timeout: float | None = None
     sinks: Sinks = field(default_factory=Sinks)
+    helper: Path | None = None
     driver: ScriptedDriver = field(default_factory=ScriptedDriver)
     log: list[str] = field(default_factory=list)
 
@@ -197,7 +201,7 @@ class Bench:
         vhost = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._resources.callback(os.close, vhost)
         config = RawConfig(name="test", kernel=vhost, platform_version="~1.0")
-        spec = RunSpec("test", 2048, config, self.driver, self.directory, self.sinks, vhost, None)
+        spec = RunSpec("test", 2048, config, self.driver, self.directory, self.sinks, vhost, self.helper)
         info = VmInfo(
             cid=2048, name="test", generation=0, state=VirtualMachineState.NOT_STARTED,
             payload=PayloadState.STARTING, driver="scripted", suspended=False, pid=None, protected=False,

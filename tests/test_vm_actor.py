@@ -11,7 +11,8 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.scripted_vmm import Bench
+from tests.scripted_vmm import Bench, ScriptedHelper
+from vmactor.actors import monitor
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.lifecycle import GuestReported
 from vmactor.actors.monitor import Sinks
@@ -355,6 +356,57 @@ async def test_the_failure_text_decides_the_reason(short_dir: Path) -> None:
         assert died.reason is DeathReason.MICRODROID_PAYLOAD_HAS_CHANGED
         assert died.failure == "MICRODROID_PAYLOAD_HAS_CHANGED|apk"
         assert died.exit_code == 0
+
+
+async def test_the_failure_text_is_cut_at_its_end_since_its_beginning_names_the_reason(
+    short_dir: Path,
+) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm:
+        await run(bench, vm)
+        bench.driver.vmm.write("failure", b"MICRODROID_PAYLOAD_HAS_CHANGED|" + b"x" * 10000)
+        bench.driver.vmm.end(SHUTDOWN)
+        died = await vm.wait()
+    assert died is not None
+    assert died.reason is DeathReason.MICRODROID_PAYLOAD_HAS_CHANGED
+    assert len(died.failure) == 4096
+
+
+async def test_a_vm_that_cannot_be_cleared_away_still_says_how_it_ended(short_dir: Path) -> None:
+    bench = Bench(short_dir)
+    async with living(bench) as vm:
+        await run(bench, vm)
+        bench.driver.vmm.close_error = NotADirectoryError("somebody replaced the directory")
+        bench.driver.vmm.end(SHUTDOWN)
+        died = await vm.wait()
+    assert died is not None
+    assert (died.reason, died.exit_code) == (DeathReason.SHUTDOWN, 0)
+
+
+async def test_a_helper_that_was_reaped_has_no_number_any_more(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helpers: list[ScriptedHelper] = []
+
+    class Helper(ScriptedHelper):
+        def __init__(self) -> None:
+            super().__init__()
+            helpers.append(self)
+
+        async def wait(self) -> ExitStatus:
+            await anyio.sleep_forever()
+            raise AssertionError
+
+    monkeypatch.setattr(monitor, "VhostDeviceVsock", Helper)
+    bench = Bench(short_dir, helper=Path("helper"))
+    async with living(bench) as vm:
+        await run(bench, vm)
+        assert bench.actor.helper_pid == helpers[0].pid
+        helpers[0].status = ExitStatus(1, None)
+        assert bench.actor.helper_pid is None
+        helpers[0].ended.set()
+        monkeypatch.setattr(Helper, "wait", ScriptedHelper.wait)
+        await vm.stop()
 
 
 async def test_the_console_reaches_the_callers_file_and_the_death_notice(short_dir: Path) -> None:

@@ -46,6 +46,8 @@ CONSOLE_CAP: Final = 64 * MIB
 RAMDUMP_CAP: Final = 4096 * MIB
 CONSOLE_TAIL: Final = 16 * 1024
 FAILURE_CAP: Final = 4 * 1024
+"""Bytes of the failure text that are kept, from its beginning: that is where the reason stands."""
+FAILURE_TAIL: Final = 64 * 1024
 STDERR_TAIL: Final = 4 * 1024
 KILL_SECONDS: Final = 10.0
 """How long a killed process may take to end before it counts as a survivor."""
@@ -94,13 +96,11 @@ class Run:
 
     Attributes:
         vmm: The VMM, once spawned.
-        helper_pid: The vsock helper's process, while it lives.
         survivors: The processes that outlived SIGKILL, for people.
     """
 
     def __init__(self, spec: RunSpec, generation: int, post: Callable[[Message], None]) -> None:
         self.vmm: Vmm | None = None
-        self.helper_pid: int | None = None
         self.survivors: list[str] = []
         self._helper: VhostDeviceVsock | None = None
         self._spec = spec
@@ -111,6 +111,12 @@ class Run:
         self._failure: VmmExit | None = None
         self._ended: VmmExit | None = None
         self._pipes: _Pipes | None = None
+
+    @property
+    def helper_pid(self) -> int | None:
+        """The vsock helper's process while it lives; the kernel is asked, since numbers are used again."""
+        helper = self._helper
+        return helper.process.pid if helper is not None and helper.process.status is None else None
 
     def kill(self) -> None:
         """End the run now; never blocks, any number of times."""
@@ -178,7 +184,7 @@ class Run:
         last_words = self._pipes.stderr.tail.decode(errors="replace").strip()
         return replace(
             known,
-            failure=self._pipes.failure.tail.decode(errors="replace"),
+            failure=self._pipes.failure.tail[:FAILURE_CAP].decode(errors="replace"),
             detail="\n".join(part for part in (ended.detail, last_words) if part),
             console_tail=self._pipes.console.tail.decode(errors="replace"),
             console_dropped=self._pipes.console.dropped,
@@ -201,19 +207,18 @@ class Run:
                 self._ended = replace(self._failure, status=ended.status) if self._failure else ended
                 self._post(VmmGone(self._generation))
                 return self._ended
-        except VmactorError as error:
-            return VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
-        except OSError as error:
-            return VmmExit(UNKNOWN, DeathReason.START_FAILED, f"the host refused: {error}")
-        finally:
-            self.helper_pid = None
+        except (VmactorError, OSError) as error:
+            if self._ended is not None:
+                log.error("a run was not cleared away in full", vm=self._spec.name, error=str(error))
+                return self._ended
+            refused = f"the host refused: {error}" if isinstance(error, OSError) else str(error)
+            return VmmExit(UNKNOWN, DeathReason.START_FAILED, refused)
 
     async def _start_helper(self, stack: AsyncExitStack) -> None:
         if self._spec.helper is not None:
             self._helper = VhostDeviceVsock.spawn(self._spec.helper, self._spec.cid, self._spec.directory)
             closing = self._closing("its vsock helper", self._helper.process, self._helper.aclose)
             await stack.enter_async_context(closing)
-            self.helper_pid = self._helper.process.pid
 
     async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes") -> Vmm:
         spec = self._spec
@@ -273,7 +278,6 @@ class Run:
 
     async def _watch_helper(self, vmm: Vmm, helper: VhostDeviceVsock) -> None:
         status = await helper.wait()
-        self.helper_pid = None
         if await _ends(vmm):
             return
         said = helper.complaints or "nothing"
@@ -301,7 +305,7 @@ class _Pipes:
         self._writes: list[int] = []
         try:
             self.console, console = self._pipe(sinks.console, CONSOLE_CAP, CONSOLE_TAIL)
-            self.failure, failure = self._pipe(None, 0, FAILURE_CAP)
+            self.failure, failure = self._pipe(None, 0, FAILURE_TAIL)
             self.stderr, stderr = self._pipe(None, 0, STDERR_TAIL)
             guest_log = None if sinks.log is None else self._pipe(sinks.log, CONSOLE_CAP, 0)[1]
             ramdump = None if sinks.ramdump is None else self._pipe(sinks.ramdump, RAMDUMP_CAP, 0)[1]
