@@ -9,7 +9,16 @@ import anyio
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from tests.guests import agent, booted, create, history, parting, until
+from tests.guests import (
+    SILENT_SCRIPT,
+    agent,
+    booted,
+    create,
+    history,
+    parting,
+    start_silent,
+    until,
+)
 from vmactor import (
     DeathReason,
     Died,
@@ -26,7 +35,6 @@ from vmactor import (
     VirtualMachine,
     VirtualMachineState,
     VsockAttribute,
-    VsockError,
     VsockListener,
     load_config,
 )
@@ -59,7 +67,7 @@ async def _answer_one(listener: VsockListener) -> None:
 
 
 async def test_a_whole_good_life(service: VirtualizationService, guest_dir: Path) -> None:
-    async with await create(service, guest_dir, "serve") as vm:
+    async with await create(service, guest_dir, SILENT_SCRIPT) as vm:
         states = [vm.state]
         kinds = ["created"]
 
@@ -68,14 +76,9 @@ async def test_a_whole_good_life(service: VirtualizationService, guest_dir: Path
 
         async with anyio.create_task_group() as tg:
             tg.start_soon(follow)
-            await vm.start()
+            await start_silent(vm)
             states.append(vm.state)
-            while True:  # the agent listens as soon as it is up
-                try:
-                    await agent(vm, "started")
-                    break
-                except VsockError:
-                    await anyio.sleep(0.05)
+            await agent(vm, "started")
             states.append(vm.state)
             await agent(vm, "ready")
             states.append(vm.state)
@@ -313,22 +316,15 @@ async def test_a_kernel_that_is_none_fails_the_start_with_its_cause(
 async def test_the_stdlib_guest_file_reports_from_a_real_guest(
     service: VirtualizationService, guest_dir: Path
 ) -> None:
-    async with await create(service, guest_dir, "serve", config="python.json") as vm:
+    async with await create(service, guest_dir, SILENT_SCRIPT, config="python.json") as vm:
         with vm.events() as events:
-            await vm.start()
-            await until(events, "started")
-            while True:
-                try:
-                    await agent(vm, "echo up")
-                    break
-                except VsockError:
-                    await anyio.sleep(0.05)
+            await start_silent(vm)
             for step in ("started", "ready", "finished 4"):
                 answer = await agent(vm, f"exec /usr/bin/python3 -S -E /vmactor_guest.py {step}")
                 assert answer == "ok 0", answer
             await parting(vm, "poweroff")
             kinds = [event.kind async for event in events]
-    assert kinds == ["payload_started", "payload_ready", "payload_finished", "died"]
+    assert kinds == ["started", "payload_started", "payload_ready", "payload_finished", "died"]
 
 
 async def test_leaving_the_service_kills_every_vm(guest_dir: Path, short_dir: Path) -> None:
