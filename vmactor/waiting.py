@@ -47,7 +47,7 @@ class _AsyncioWaiter:
 
     def __init__(self) -> None:
         self.woken = False
-        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._future: asyncio.Future[None] = asyncio.Future()  # of the loop that runs
 
     def wake(self) -> None:
         self.woken = True
