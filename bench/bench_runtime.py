@@ -110,16 +110,16 @@ async def create() -> float:
     """Idle actors: a task that receives from its mailbox."""
     began = time.perf_counter()
     async with anyio.create_task_group() as tg:
-        start_actors(tg)
+        start_actors(tg, ACTORS)
         await anyio.wait_all_tasks_blocked()
         took = time.perf_counter() - began
         tg.cancel_scope.cancel()
     return ACTORS / took
 
 
-def start_actors(tg: TaskGroup) -> list[Mailbox[Ping]]:
+def start_actors(tg: TaskGroup, count: int) -> list[Mailbox[Ping]]:
     """Actors that answer, each of which waits for its first message."""
-    mailboxes = [Mailbox[Ping]("bench") for _ in range(ACTORS)]
+    mailboxes = [Mailbox[Ping]("bench") for _ in range(count)]
     for mailbox in mailboxes:
         tg.start_soon(serve, mailbox)
     return mailboxes
@@ -128,8 +128,7 @@ def start_actors(tg: TaskGroup) -> list[Mailbox[Ping]]:
 async def idle_actors(count: int, measured: Callable[[], Awaitable[None]]) -> None:
     """Actors that have done nothing yet."""
     async with anyio.create_task_group() as tg:
-        mailboxes = start_actors(tg)
-        assert len(mailboxes) == count
+        start_actors(tg, count)
         await measured()
         tg.cancel_scope.cancel()
 
@@ -137,9 +136,7 @@ async def idle_actors(count: int, measured: Callable[[], Awaitable[None]]) -> No
 async def used_actors(count: int, measured: Callable[[], Awaitable[None]]) -> None:
     """Actors that have answered somebody, and were told something on both lanes, and now wait for more."""
     async with anyio.create_task_group() as tg:
-        mailboxes = start_actors(tg)
-        assert len(mailboxes) == count
-        for mailbox in mailboxes:
+        for mailbox in start_actors(tg, count):
             await mailbox.ask(Ping(1), timeout=10)
             await mailbox.ask(Ping(1), timeout=10, control=True)
         await measured()
@@ -156,6 +153,7 @@ async def bytes_each(run: Callable[[int, Callable[[], Awaitable[None]]], Awaitab
         gc.collect()
         size = (tracemalloc.get_traced_memory()[0] - before) / ACTORS
 
+    await run(10, anyio.wait_all_tasks_blocked)  # what is made once
     gc.collect()
     tracemalloc.start()
     try:

@@ -12,7 +12,7 @@ import trio.testing
 import uvloop
 from outcome import Outcome
 
-from vmactor.waiting import Waiter, waiter_type
+from vmactor.waiting import Deadlines, Waiter, waiter_type
 
 pytestmark = pytest.mark.anyio
 
@@ -192,6 +192,44 @@ async def test_thousands_who_wait_are_all_woken() -> None:
         for waiter in waiters:
             waiter.wake()
     assert sorted(woken) == list(range(2000))
+
+
+class Alarm:
+    """Notes when it went off."""
+
+    def __init__(self) -> None:
+        self.began = anyio.current_time()
+        self.after: float | None = None
+
+    def expire(self) -> None:
+        assert self.after is None
+        self.after = round(anyio.current_time() - self.began, 3)
+
+
+@pytest.mark.virtual_time
+async def test_deadlines_expire_in_time_whatever_their_order_and_never_after_their_end() -> None:
+    deadlines: Deadlines[Alarm] = Deadlines()
+    others: Deadlines[Alarm] = Deadlines()
+    alarms = {seconds: Alarm() for seconds in (40, 20, 30, 10, 50, -1, math.inf)}
+    for seconds, alarm in alarms.items():
+        (others if seconds == 50 else deadlines).begin(alarm, seconds)
+    deadlines.end(alarms[20])
+    deadlines.end(alarms[20])
+    await anyio.sleep(35)
+    again = Alarm()
+    deadlines.begin(again, 1)
+    await anyio.sleep(1000)
+    assert {seconds: alarm.after for seconds, alarm in alarms.items()} == {
+        40: 40, 20: None, 30: 30, 10: 10, 50: 50, -1: 0, math.inf: None,
+    }  # fmt: skip
+    assert again.after == 1
+    assert list(deadlines.under_way) == [alarms[math.inf]]
+    assert not others.under_way
+
+
+async def test_a_deadline_that_is_still_to_come_keeps_no_loop_from_ending() -> None:
+    deadlines: Deadlines[Alarm] = Deadlines()
+    deadlines.begin(Alarm(), 3600)
 
 
 def test_a_loop_that_runs_as_the_guest_of_another_has_its_own_kind() -> None:

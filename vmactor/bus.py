@@ -129,6 +129,7 @@ class Bus(Generic[E]):
         event = terms.stamp(event, seq)
         key = terms.ends(event)
         kind = terms.kind(event)
+        hash((key, kind))  # now, not when the event has its number
         # Copied, because filters may subscribe and close; those who come now are not meant any more.
         subscriptions = (*self._by_topic.get(terms.topic(event), ()), *self._about_all)
         self.seq = seq

@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 import anyio.lowlevel
 
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
-from vmactor.waiting import Waiter, waiter_type
+from vmactor.waiting import Deadlines, Waiter, waiter_type
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -81,13 +81,9 @@ class Reply(Envelope[Any]):
         """This."""
         return self
 
-    def settle(self, value: object, error: Exception | None = None) -> None:
-        """Hand over a value, or an error, which is raised in the asker's task, so it should be its own."""
-        if not self.done:
-            self.done = True
-            self.value = value
-            self.error = error
-            self.waiter.wake()
+    def expire(self) -> None:
+        """Let the asker give up."""
+        self.waiter.expire()
 
 
 class Mailbox(Generic[M]):
@@ -104,12 +100,12 @@ class Mailbox(Generic[M]):
 
     # Thousands of actors may have nothing to do: what lanes and lines need is made when it is used.
     __slots__ = (
+        "_asked",
         "_asleep",
         "_burst",
         "_closed",
         "_control",
         "_new_waiter",
-        "_open_replies",
         "_ordinary",
         "_receiving",
         "_senders",
@@ -129,7 +125,7 @@ class Mailbox(Generic[M]):
         # Who found no room, in order of arrival, and left at once by those who are cancelled, so that a stuck
         # actor collects nothing. An asker has no waiter here: it waits for its reply.
         self._senders: OrderedDict[Envelope[M], Waiter | None] | None = None
-        self._open_replies: set[Reply] | None = None
+        self._asked: Deadlines[Reply] | None = None
         self._new_waiter: type[Waiter] | None = None
         self._receiving = False
         self._asleep: Waiter | None = None
@@ -211,13 +207,14 @@ class Mailbox(Generic[M]):
             self._accept_control(reply)
         elif not self._accept(reply):
             self._stand_in_line(reply, None)
-        if self._open_replies is None:
-            self._open_replies = set()
-        self._open_replies.add(reply)
+        asked = self._asked
+        if asked is None:
+            asked = self._asked = Deadlines()
+        asked.begin(reply, timeout)
         try:
-            await waiter.within(timeout)
+            await waiter
         finally:
-            self._open_replies.discard(reply)
+            asked.end(reply)
             if not reply.done:
                 reply.abandoned = True
                 if self._senders:
@@ -309,6 +306,7 @@ class Mailbox(Generic[M]):
             if self._closed is not None:
                 self._check_open()
             self._burst = 0
+            self._control = self._ordinary = None  # an actor that idles keeps no empty lanes
             self._asleep = waiter = (self._new_waiter or self._learn_loop())()
             self._receiving = True
             try:
@@ -320,20 +318,22 @@ class Mailbox(Generic[M]):
     def answer(self, reply: Reply | None, value: object = None) -> None:
         """Answer an ask; None, of a tell, is allowed. Only the first answer counts."""
         if reply is not None:
-            if reply.abandoned:
-                self._count_late(reply)
-            reply.settle(value)
+            self._settle(reply, value, None)
 
     def refuse(self, reply: Reply | None, error: Exception) -> None:
         """Answer an ask with an error; the rest is as for ``answer``."""
         if reply is not None:
-            if reply.abandoned:
-                self._count_late(reply)
-            reply.settle(None, error)
+            self._settle(reply, None, error)
 
-    def _count_late(self, reply: Reply) -> None:
-        if not reply.done:
+    def _settle(self, reply: Reply, value: object, error: Exception | None) -> None:
+        if reply.done:
+            return
+        if reply.abandoned:
             self.late_replies += 1
+        reply.done = True
+        reply.value = value
+        reply.error = error
+        reply.waiter.wake()
 
     def close(self, why: str = "has ended") -> list[M]:
         """Accept nothing more; every waiting asker, sender and receiver gets ``ActorDiedError``. Idempotent.
@@ -352,7 +352,7 @@ class Mailbox(Generic[M]):
         for room in (self._senders or {}).values():  # they find themselves in the line still
             if room is not None:
                 room.wake()
-        for reply in self._open_replies or ():
-            reply.settle(None, ActorDiedError(f"{self.name} {why}"))
+        for reply in self._asked.under_way if self._asked is not None else ():
+            self._settle(reply, None, ActorDiedError(f"{self.name} {why}"))
         self._wake_receiver()
         return left

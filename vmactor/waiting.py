@@ -10,9 +10,12 @@ wait calls ``anyio.lowlevel.checkpoint()`` now and then.
 """
 
 import asyncio
+import functools
+import heapq
+import itertools
 import math
-from collections.abc import Generator
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Generator
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import sniffio
 
@@ -30,8 +33,12 @@ class Waiter(Protocol):
         """End the wait, or let it not begin. Idempotent."""
         ...
 
+    def expire(self) -> None:
+        """End the wait as at a deadline: without waking it."""
+        ...
+
     def __await__(self) -> Generator[Any, Any, None]:
-        """Return when woken."""
+        """Return when woken, or expired."""
         ...
 
     async def within(self, seconds: float) -> None:
@@ -51,7 +58,11 @@ class _AsyncioWaiter:
 
     def wake(self) -> None:
         self.woken = True
-        if not self._future.done():  # it is, after a timeout or a cancellation
+        if not self._future.done():  # it is, after a deadline or a cancellation
+            self._future.set_result(None)
+
+    def expire(self) -> None:
+        if not self._future.done():
             self._future.set_result(None)
 
     def __await__(self) -> Generator[Any, Any, None]:
@@ -61,15 +72,11 @@ class _AsyncioWaiter:
         if seconds == math.inf:  # no timer that would wake an idle loop once a day
             await self._future
             return
-        timer = self._future.get_loop().call_later(seconds, self._expire)
+        timer = self._future.get_loop().call_later(seconds, self.expire)
         try:
             await self._future
         finally:
             timer.cancel()
-
-    def _expire(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
 
 
 def _trio_waiter() -> type[Waiter]:
@@ -86,6 +93,9 @@ def _trio_waiter() -> type[Waiter]:
 
         def wake(self) -> None:
             self.woken = True
+            self.expire()
+
+        def expire(self) -> None:
             task, self._task = self._task, None
             if task is not None:
                 reschedule(task)
@@ -120,3 +130,113 @@ def waiter_type() -> type[Waiter]:
     if found is None:
         found = _types[library] = _trio_waiter()
     return found
+
+
+class Expires(Protocol):
+    """Something with a deadline."""
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        ...
+
+
+X = TypeVar("X", bound=Expires)
+
+
+class Deadlines(Generic[X]):
+    """The deadlines of all that one owner has under way, with one timer.
+
+    Nearly all that has a deadline is done long before. To set a timer and cancel it costs about as much as
+    everything else in a short wait, so the timer of the first deadline stays when that is not needed any
+    more; when it fires, it looks for the next one. An owner that has nothing under way thus has its loop wake
+    up once at most, and never again.
+
+    Made in the loop that it is for.
+
+    Attributes:
+        under_way: What has a deadline, and when, on the loop's clock.
+    """
+
+    __slots__ = ("_clock", "_due", "under_way")
+
+    def __init__(self) -> None:
+        self.under_way: dict[X, float] = {}
+        self._due = math.inf
+        self._clock = _clock()
+
+    def begin(self, what: X, seconds: float) -> None:
+        """Call ``what.expire()`` after so many seconds, unless it has ended before."""
+        when = self._clock.time() + seconds
+        self.under_way[what] = when
+        if when < self._due:
+            self._arm(when)
+
+    def end(self, what: X) -> None:
+        """It is done, expired or given up. Idempotent."""
+        self.under_way.pop(what, None)
+
+    def _arm(self, when: float) -> None:
+        self._due = when
+        self._clock.call_at(when, self._fire, when)
+
+    def _fire(self, when: float) -> None:
+        if when != self._due:
+            return  # an earlier deadline came after this timer was set
+        self._due = math.inf
+        now = max(when, self._clock.time())  # loops may fire a moment early
+        for what, deadline in tuple(self.under_way.items()):
+            if deadline <= now:
+                del self.under_way[what]
+                what.expire()
+        following = min(self.under_way.values(), default=math.inf)
+        if following < math.inf:
+            self._arm(following)
+
+
+class _TrioClock:
+    """Trio has deadlines for scopes only, and to enter one costs as much as a whole ask: so one for all."""
+
+    def __init__(self) -> None:
+        import trio  # noqa: PLC0415
+
+        self.time = trio.current_time
+        self._new_scope = trio.CancelScope
+        self._scope = trio.CancelScope()
+        self._sleep = trio.sleep_forever
+        self._timers: list[tuple[float, int, Callable[[float], object]]] = []
+        self._numbers = itertools.count()
+        trio.lowlevel.spawn_system_task(self._run, name="deadlines of the actor runtime")
+
+    def call_at(self, when: float, callback: Callable[[float], object], _when: float, /) -> None:
+        heapq.heappush(self._timers, (when, next(self._numbers), callback))
+        self._scope.deadline = min(self._scope.deadline, when)
+
+    async def _run(self) -> None:
+        while True:
+            with self._scope:
+                await self._sleep()
+            # A new one first: a callback may set a timer.
+            self._scope = self._new_scope(deadline=math.inf)
+            while self._timers and self._timers[0][0] <= self.time():
+                when, _, callback = heapq.heappop(self._timers)
+                callback(when)
+            if self._timers:
+                self._scope.deadline = self._timers[0][0]
+
+
+@functools.cache
+def _trio_clocks() -> Any:
+    import trio  # noqa: PLC0415
+
+    return trio.lowlevel.RunVar("clock of the actor runtime")
+
+
+def _clock() -> asyncio.AbstractEventLoop | _TrioClock:
+    if sniffio.current_async_library() == "asyncio":
+        return asyncio.get_running_loop()
+    clocks = _trio_clocks()
+    clock: _TrioClock | None = clocks.get(None)
+    if clock is None:
+        clock = _TrioClock()
+        clocks.set(clock)
+    return clock
