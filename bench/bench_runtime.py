@@ -1,8 +1,9 @@
 """The actor runtime against its peers and floors: tell, ask, fan-out, creation and memory, in one run.
 
-Every figure is a median of interleaved rounds, and what counts is a ratio of two of them. Peers and floors
-are in ``runtime_peers.py``: ``asyncio.Queue``, a bare deque-and-future (a deque and parked tasks on trio),
-anyio's memory object streams, Pykka (threads; the same on every loop), and idle tasks without a mailbox.
+Every figure is a median of interleaved rounds. What counts are the ratios of two of the same round: their
+median, and the interval that holds it with a confidence of 95 % at least. Peers and floors are in
+``runtime_peers.py``: ``asyncio.Queue``, a bare deque-and-future (a deque and parked tasks on trio), anyio's
+memory object streams, Pykka (threads; the same on every loop), and idle tasks without a mailbox.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from bench import runtime_peers as peers
+from bench.paired import median_interval
 from bench.runtime_peers import ASKS, EVENTS, MESSAGES, SUBSCRIBERS
 from vmactor.bus import Bus
 from vmactor.mailbox import Mailbox, Request
@@ -164,42 +166,42 @@ async def bytes_each(run: Callable[[int, Callable[[], Awaitable[None]]], Awaitab
     return size
 
 
-async def medians(rounds: dict[str, Round], count: int) -> dict[str, float]:
-    """Interleave the rounds; the median of each."""
-    figures: dict[str, list[float]] = {name: [] for name in rounds}
-    for _ in range(count):
-        for name, run in rounds.items():
-            gc.collect()
-            figures[name].append(await run())
-    return {name: statistics.median(values) for name, values in figures.items()}
+RATIOS = {
+    "tell / asyncio.Queue": ("tell", "tell_asyncio_queue"),
+    "tell / anyio stream": ("tell", "tell_anyio_stream"),
+    "ask / bare": ("ask", "ask_bare"),
+    "ask / Pykka": ("ask", "ask_pykka"),
+    "fan-out / loop over anyio streams": ("fan_out", "fan_out_streams"),
+    "fan-out / floor": ("fan_out", "fan_out_floor"),
+}
 
 
 async def measure(loop: str, count: int) -> dict[str, Any]:
-    """All figures of one loop."""
-    asyncio_loop = loop != "trio"
+    """All figures of one loop; each ratio is of two that were measured in the same round."""
     rounds: dict[str, Round] = {
         "tell": tell,
         "tell_anyio_stream": peers.tell_anyio_stream,
         "ask": ask,
-        "ask_bare": peers.ask_bare_asyncio if asyncio_loop else peers.ask_bare_trio,
+        "ask_bare": peers.ask_bare_trio if loop == "trio" else peers.ask_bare_asyncio,
         "ask_pykka": peers.ask_pykka,
         "fan_out": fan_out,
         "fan_out_streams": peers.fan_out_streams,
         "fan_out_floor": peers.fan_out_floor,
         "create": create,
     }
-    if asyncio_loop:
-        rounds["tell_asyncio_queue"] = peers.tell_asyncio_queue
-    figures = await medians(rounds, count)
-    ratios = {
-        "tell / anyio stream": figures["tell"] / figures["tell_anyio_stream"],
-        "ask / bare": figures["ask"] / figures["ask_bare"],
-        "ask / Pykka": figures["ask"] / figures["ask_pykka"],
-        "fan-out / loop over anyio streams": figures["fan_out"] / figures["fan_out_streams"],
-        "fan-out / floor": figures["fan_out"] / figures["fan_out_floor"],
-    }
-    if asyncio_loop:
-        ratios["tell / asyncio.Queue"] = figures["tell"] / figures["tell_asyncio_queue"]
+    if loop != "trio":
+        rounds = {"tell_asyncio_queue": peers.tell_asyncio_queue} | rounds
+    figures: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in range(count):
+        for name, run in rounds.items():
+            gc.collect()
+            figures[name].append(await run())
+    ratios = {}
+    for name, (ours, theirs) in RATIOS.items():
+        if theirs in figures:
+            paired = [a / b for a, b in zip(figures[ours], figures[theirs], strict=True)]
+            interval = median_interval(paired)
+            ratios[name] = [round(value, 2) for value in (interval.median, interval.low, interval.high)]
     sizes = {
         "idle actor": await bytes_each(idle_actors),
         "actor that was used": await bytes_each(used_actors),
@@ -208,8 +210,8 @@ async def measure(loop: str, count: int) -> dict[str, Any]:
     }
     return {
         "loop": loop,
-        "ratios": {name: round(value, 2) for name, value in ratios.items()},
-        "per_second": {name: round(value) for name, value in figures.items()},
+        "ratios": ratios,
+        "per_second": {name: round(statistics.median(values)) for name, values in figures.items()},
         "bytes_each": {name: round(value) for name, value in sizes.items()},
     }
 
@@ -217,7 +219,7 @@ async def measure(loop: str, count: int) -> dict[str, Any]:
 def main() -> None:
     """Measure on each loop and print one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--loop", choices=("asyncio", "uvloop", "trio"), action="append")
     options = parser.parse_args()
     for loop in options.loop or ("asyncio", "uvloop", "trio"):

@@ -62,19 +62,19 @@ class Reply(Envelope[Any]):
     Attributes:
         done: Whether there is an answer.
         abandoned: Whether the asker has given up.
-        value: The answer, if it was no error.
-        error: The answer, if it was an error.
+        value: The answer, once there is one.
+        error: Or the error that is the answer, or None.
     """
 
     __slots__ = ("abandoned", "done", "error", "value", "waiter")
+    value: Any
+    error: Exception | None
 
     def __init__(self, message: object, waiter: Waiter) -> None:
         self.message = message
         self.waiter = waiter
         self.done = False
         self.abandoned = False
-        self.value: Any = None
-        self.error: Exception | None = None
 
     @property
     def reply(self) -> "Reply":  # type: ignore[override]
@@ -219,9 +219,9 @@ class Mailbox(Generic[M]):
                 reply.abandoned = True
                 if self._senders:
                     self._senders.pop(reply, None)
-        if reply.error is not None:
-            raise reply.error
         if reply.done:
+            if reply.error is not None:
+                raise reply.error
             return reply.value  # type: ignore[no-any-return]
         raise DeadlineExceededError(
             f"{self.name} gave no answer to {type(message).__name__} in {timeout:g} s; "

@@ -14,6 +14,7 @@ import functools
 import heapq
 import itertools
 import math
+from asyncio import Future
 from collections.abc import Callable, Generator
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -54,7 +55,7 @@ class _AsyncioWaiter:
 
     def __init__(self) -> None:
         self.woken = False
-        self._future: asyncio.Future[None] = asyncio.Future()  # of the loop that runs
+        self._future: Future[None] = Future()  # of the loop that runs
 
     def wake(self) -> None:
         self.woken = True
