@@ -15,7 +15,7 @@ from vmactor.state_dir import StateDirectory
 __all__ = ["cli"]
 """A fixture is named by its parameters only."""
 
-HEADER = {"seq", "cid", "generation", "name", "driver", "time", "monotonic", "event"}
+HEADER = {"seq", "previous", "cid", "generation", "name", "driver", "time", "monotonic", "event"}
 
 
 @pytest.mark.guest
@@ -37,6 +37,7 @@ def test_a_payload_that_fails_is_status_10_and_its_life_is_json_lines(
     ]
     assert all(set(event) >= HEADER for event in events)
     assert [event["seq"] for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [event["previous"] for event in events] == [0, 1, 2, 3, 4, 5]
     assert {(event["name"], event["driver"], event["cid"]) for event in events} == {("web-3", "qemu", 2048)}
     assert [event["generation"] for event in events] == [0, 1, 1, 1, 1, 1]
     assert events[4]["exit_code"] == 3

@@ -1,5 +1,7 @@
 """Mailboxes: order, room, deadlines, death, and every place at which a cancellation can strike."""
 
+import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,10 +10,13 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from bench.bench_runtime import bytes_each, idle_actors, used_actors
+from bench.runtime_peers import idle_anyio_tasks
 from tests.virtual_time import VirtualTimeLoop
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
 from vmactor.mailbox import BURST, CONTROL_CAPACITY, Mailbox, Request
@@ -436,6 +441,69 @@ async def test_an_answer_after_the_death_changes_nothing() -> None:
         tg.start_soon(die_then_answer)
         with pytest.raises(ActorDiedError):
             await mailbox.ask(Double(1), timeout=5)
+
+
+# -- Idle actors -------------------------------------------------------------------------------------
+
+
+async def seconds_to_next_wake_up(backend: str) -> float:
+    """When the loop will wake up by itself, infinity if nothing is planned."""
+    await anyio.wait_all_tasks_blocked()
+    if backend == "trio":
+        return trio.lowlevel.current_statistics().seconds_to_next_deadline
+    timers = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+    return min((timer.when() for timer in timers if not timer.cancelled()), default=math.inf)
+
+
+@pytest.mark.virtual_time
+async def test_an_idle_actor_never_wakes_up(anyio_backend_name: str) -> None:
+    async with anyio.create_task_group() as tg:
+        for _ in range(10):
+            tg.start_soon(double, Mailbox[Any]("actor"))
+        assert await seconds_to_next_wake_up(anyio_backend_name) == math.inf
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.virtual_time
+async def test_an_actor_that_was_used_wakes_up_once_at_most_and_never_again(anyio_backend_name: str) -> None:
+    mailbox: Mailbox[Any] = Mailbox("actor", capacity=1)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(double, mailbox, 200)
+        for number in range(100):
+            assert await mailbox.ask(Double(number), timeout=60, control=bool(number % 2)) == number * 2
+        if anyio_backend_name == "asyncio":
+            assert len(asyncio.get_running_loop()._scheduled) == 1  # type: ignore[attr-defined]
+        await anyio.sleep(60)
+        assert await seconds_to_next_wake_up(anyio_backend_name) == math.inf
+        assert await mailbox.ask(Double(1), timeout=60) == 2
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.virtual_time
+async def test_askers_with_different_deadlines_all_end_at_their_own() -> None:
+    mailbox: Mailbox[Any] = Mailbox("stuck", capacity=2)
+    ended: list[tuple[float, float]] = []
+    began = anyio.current_time()
+
+    async def ask(timeout: float) -> None:
+        with pytest.raises(DeadlineExceededError):
+            await mailbox.ask(Double(1), timeout=timeout)
+        ended.append((timeout, round(anyio.current_time() - began, 3)))
+
+    async with anyio.create_task_group() as tg:
+        for timeout in (60, 5, 30, 5, 0.5, 0, 7200):
+            tg.start_soon(ask, timeout)
+        await anyio.wait_all_tasks_blocked()
+        assert len(mailbox) == 2
+    assert sorted(ended) == [(timeout, timeout) for timeout in (0, 0.5, 5, 5, 30, 60, 7200)]
+    assert waiting(mailbox) == 0
+
+
+async def test_an_actor_costs_little_and_keeps_little_of_what_it_did() -> None:
+    """The aim is 4 KiB with everything; what comes on top of anyio's task is what we answer for."""
+    task = await bytes_each(idle_anyio_tasks)
+    assert await bytes_each(idle_actors) - task < 1024
+    assert await bytes_each(used_actors) - task < 2560
 
 
 # -- Against a model ---------------------------------------------------------------------------------

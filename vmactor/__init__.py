@@ -14,7 +14,7 @@ Everything that users need is here; modules below are details.
 
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.service import VirtualizationService
-from vmactor.bus import Subscription
+from vmactor.bus import Overflow, Subscription
 from vmactor.config import DiskImage, Partition, RawConfig
 from vmactor.config_file import load_config
 from vmactor.errors import (
@@ -27,6 +27,7 @@ from vmactor.errors import (
     ResourceExhaustedError,
     SecurityError,
     ServiceSpecificError,
+    SlowSubscriberError,
     StartFailedError,
     UnsupportedOperationError,
     VmactorError,
@@ -79,6 +80,7 @@ __all__ = [
     "InvalidPayloadTransitionError",
     "MailboxFullError",
     "MemoryTrimLevel",
+    "Overflow",
     "Partition",
     "PartitionType",
     "PayloadError",
@@ -92,6 +94,7 @@ __all__ = [
     "Resumed",
     "SecurityError",
     "ServiceSpecificError",
+    "SlowSubscriberError",
     "StartFailedError",
     "Started",
     "Subscription",

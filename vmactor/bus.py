@@ -1,25 +1,38 @@
 """A bus: what happened, told to everyone who asked, in order and without anyone holding up anyone.
 
-Publishing is synchronous and never waits. Each subscriber has a bounded queue of its own; when that overflows
-the oldest events go, and the subscriber finds a gap event in their place that says how many were missed. The
-bus numbers its events from 1, without holes. It keeps the last terminal events, so that latecomers still
-learn of an end.
+``publish`` is synchronous and never waits. Each subscriber has a bounded queue of its own, and names what
+happens when that overflows: the oldest events go, and a gap event in their place says how many were missed;
+or the subscriber is disconnected with an error; or whoever publishes with ``publish_and_wait`` waits for it.
+The bus numbers its events from 1, without holes. It keeps the last terminal events, so that latecomers still
+learn of an end, and a bounded history, out of which a reader that was away can catch up.
 
-The bus is generic: it is told how to number an event, how to make a gap and which events end a stream. It
-belongs to one event loop, and like a mailbox it is not for finalizers.
+A stream is what one subscription gets. The bus can put into each event of a stream the number of the one
+before it (``link``), so that whoever reads a copy of the stream, in another process or years later, can prove
+that nothing is missing. In the first event it is 0, or the number that was asked for with ``after``; in all
+others the number of the event or gap before. It is fixed when an event enters the queue, not when it leaves,
+so the proof covers the queue.
+
+The bus is generic: it is told how to number an event, how to make a gap, which events end a stream, and more.
+It belongs to one event loop, and like a mailbox it is not for finalizers.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Final, Generic, TypeVar
 
 import anyio
-import anyio.lowlevel
 
-from vmactor.errors import IllegalStateError
+from vmactor.errors import IllegalArgumentError, IllegalStateError
+from vmactor.subscription import Choice, Overflow, Subscription, Terms
+
+__all__ = ["PATIENCE_SECONDS", "Bus", "Overflow", "Subscription"]
 
 E = TypeVar("E")
+
+PATIENCE_SECONDS: Final = 10.0
+"""How long a publisher that waits for a subscriber does so, unless the subscriber says otherwise."""
 
 
 class Bus(Generic[E]):
@@ -31,9 +44,22 @@ class Bus(Generic[E]):
         ends: The key of the stream that an event ends, or None; the last ``kept_ends`` such events are kept,
             one per key.
         kept_ends: How many.
+        topic: What an event is about; subscriptions to other topics cost its publisher nothing.
+        kind: Which kind of event it is; by default, its class.
+        link: Gives the event with the number of the one before it in the stream in it. Called when the event
+            is read, by its reader, so give it back as it is where nothing is to be changed.
+        snapshot: Makes an event that holds the present: all that a newcomer has to know of what was before.
+            It gets the number of the last event published, and the topics that the subscriber asked for,
+            None for all.
+        history: How many events are kept for subscribers that were away.
+        forgotten: Makes the event that stands for those that the history no longer holds, from the number of
+            the last one and how many numbers they are.
 
     Attributes:
         seq: The number of the last event published; 0 if there was none.
+
+    Raises:
+        ValueError: There is a history, and no ``forgotten`` to tell of its bounds.
     """
 
     def __init__(
@@ -43,13 +69,23 @@ class Bus(Generic[E]):
         gap: Callable[[E, int], E],
         ends: Callable[[E], Hashable | None] = lambda _event: None,
         kept_ends: int = 1024,
+        topic: Callable[[E], Hashable] = lambda _event: None,
+        kind: Callable[[E], Hashable] = type,
+        link: Callable[[E, int], E] | None = None,
+        snapshot: Callable[[int, frozenset[Hashable] | None], E] | None = None,
+        history: int = 0,
+        forgotten: Callable[[int, int], E] | None = None,
     ) -> None:
-        self._stamp = stamp
-        self._gap = gap
-        self._ends = ends
+        if history and forgotten is None:
+            raise ValueError("a history ends somewhere: say with 'forgotten' what is told of that")
+        self._terms = Terms(stamp, gap, ends, topic, kind, link, snapshot, forgotten)
         self._kept_ends = kept_ends
-        self._ended: OrderedDict[Hashable, E] = OrderedDict()
+        self._ended: OrderedDict[Hashable, tuple[int, E]] = OrderedDict()
+        self._history: deque[E] = deque(maxlen=history)
         self._subscriptions: dict[Subscription[E], None] = {}
+        # The same again, by what they are about.
+        self._by_topic: dict[Hashable, dict[Subscription[E], None]] = {}
+        self._about_all: dict[Subscription[E], None] = {}
         self._offering = False
         self._closed = False
         self.seq = 0
@@ -57,54 +93,128 @@ class Bus(Generic[E]):
     def __repr__(self) -> str:
         return f"<Bus seq={self.seq} subscribers={len(self._subscriptions)} ended={len(self._ended)}>"
 
+    # -- Publishing ------------------------------------------------------------------------------
+
     def publish(self, event: E) -> E:
         """Number an event, hand it to every subscriber that wants it, and return it as numbered.
 
         Raises:
             IllegalStateError: Called from a subscriber's filter, which may only look; nothing was published.
-            Exception: What ``stamp`` or ``ends`` raised; nothing was published.
+            Exception: What ``stamp``, ``ends``, ``topic`` or ``kind`` raised; nothing was published.
         """
+        return self._publish(event, None)
+
+    async def publish_and_wait(self, event: E) -> E:
+        """Publish an event, then wait until all subscribers that asked for it (``Overflow.WAIT``) have room.
+
+        The event is published, and everybody else has it, before the wait; a cancellation does not take it
+        back. A subscriber that has no room within its patience is disconnected. Does not yield if nobody has
+        to be waited for.
+
+        Raises:
+            Exception: As for ``publish``.
+        """
+        crowded: list[Subscription[E]] = []
+        event = self._publish(event, crowded)
+        if crowded:
+            now = anyio.current_time()
+            for subscription in crowded:
+                await subscription.wait_for_room(now)
+        return event
+
+    def _publish(self, event: E, crowded: list[Subscription[E]] | None) -> E:
         if self._offering:
             raise IllegalStateError("a subscriber's filter may look, not publish: others would see disorder")
-        event = self._stamp(event, self.seq + 1)
-        key = self._ends(event)
-        self.seq += 1
+        terms, seq = self._terms, self.seq + 1
+        event = terms.stamp(event, seq)
+        key = terms.ends(event)
+        kind = terms.kind(event)
+        hash((key, kind))  # now, not when the event has its number
+        # Copied, because filters may subscribe and close; those who come now are not meant any more.
+        subscriptions = (*self._by_topic.get(terms.topic(event), ()), *self._about_all)
+        self.seq = seq
+        self._history.append(event)
         if key is not None:
-            self._ended[key] = event
+            self._ended[key] = seq, event
             self._ended.move_to_end(key)
             if len(self._ended) > self._kept_ends:
                 self._ended.popitem(last=False)
-        for subscription in tuple(self._subscriptions):
-            self._offer(subscription, (event,))
+        self._offering = True
+        try:
+            for subscription in subscriptions:
+                kinds = subscription.choice.kinds
+                if kinds is None or kind in kinds:
+                    subscription.offer(event, seq, crowded, last=key is not None)
+        finally:
+            self._offering = False
         return event
+
+    # -- Subscribing -----------------------------------------------------------------------------
 
     def subscribe(
         self,
-        wants: Callable[[E], bool] = lambda _event: True,
+        wants: Callable[[E], bool] | None = None,
         *,
+        topics: Iterable[Hashable] | None = None,
+        kinds: Iterable[Hashable] | None = None,
         capacity: int = 256,
+        overflow: Overflow = Overflow.DROP_OLDEST,
+        patience: float = PATIENCE_SECONDS,
         late: bool = False,
+        snapshot: bool = False,
+        after: int | None = None,
         until_end: bool = False,
-    ) -> "Subscription[E]":
-        """Receive from now on what ``wants`` says yes to.
+    ) -> Subscription[E]:
+        """Receive from now on the events that pass all filters given.
 
-        The bus keeps a subscription, read or not, until it is closed: use it in a ``with`` block.
+        The bus keeps a subscription, read or not, until it is closed: use it in a ``with`` block. A stream
+        begins with the present, or with one of ``late``, ``snapshot`` and ``after``; what those begin it with
+        needs no room.
 
         Args:
-            wants: Called for every event by the publisher; must be quick. If it raises, the subscription
-                ends: what is queued can still be read, then its reader gets that error. Nobody else notices.
-            capacity: Events that may wait before the oldest are dropped.
-            late: Begin with the kept terminal events that ``wants`` says yes to, in order of their numbers.
+            wants: Called for every event that passes the other filters, by its publisher; must be quick. If
+                it raises, the subscription ends: what is queued can still be read, then its reader gets that
+                error. Nobody else notices.
+            topics: Only events about these.
+            kinds: Only events of these kinds.
+            capacity: Events that may wait before ``overflow`` says what happens.
+            overflow: What happens to a slow reader.
+            patience: Seconds for which a publisher waits for this subscriber, with ``Overflow.WAIT``.
+            late: Begin with the kept terminal events that pass the filters, in order of their numbers.
+            snapshot: Begin with an event that holds the present, for the topics asked for.
+            after: Begin with what came after the event of this number; with a gap, if that is no longer known
+                in full. Nobody knows then how much of it would have passed the filters: all of it counts.
             until_end: Close after the first wanted terminal event, which is then the last one and not
                 dropped.
 
         Raises:
-            ValueError: The capacity is below 1.
+            ValueError: The capacity is below 1, or the stream is to begin in several ways.
+            IllegalStateError: This bus keeps no history, or makes no snapshots.
+            IllegalArgumentError: No event of this bus has the number ``after`` yet.
+            Exception: What the bus's ``snapshot`` raised.
         """
-        subscription = Subscription(self, wants, capacity, until_end=until_end)
-        self._subscriptions[subscription] = None
-        if late:
-            self._offer(subscription, tuple(self._ended.values()))
+        if late + snapshot + (after is not None) > 1:
+            raise ValueError("a stream begins in one way: 'late', 'snapshot' or 'after'")
+        choice = Choice(
+            wants,
+            None if topics is None else frozenset(topics),
+            None if kinds is None else frozenset(kinds),
+            capacity,
+            overflow,
+            patience,
+            until_end,
+        )
+        subscription = Subscription(self._terms, choice, self._forget)
+        with self._no_publishing():
+            past: Iterable[tuple[int, E]] = ()
+            if late:
+                past = tuple(self._ended.values())
+            elif snapshot:
+                subscription.begin_with(self._present(choice.topics), self.seq)
+            elif after is not None:
+                past = self._replay(subscription, after)
+            self._remember(subscription)
+            subscription.offer_past(past)
         if self._closed:
             subscription.close()
         return subscription
@@ -112,111 +222,52 @@ class Bus(Generic[E]):
     def close(self) -> None:
         """Close all subscriptions, those that are still to come included. Idempotent.
 
-        Events are numbered and terminal events kept as before, for those who subscribe late.
+        Events are numbered and kept as before, for those who subscribe late.
         """
         self._closed = True
         for subscription in tuple(self._subscriptions):
             subscription.close()
 
-    def _offer(self, subscription: "Subscription[E]", events: Iterable[E]) -> None:
+    @contextmanager
+    def _no_publishing(self) -> Iterator[None]:
         outer, self._offering = self._offering, True  # a filter may subscribe, with a filter of its own
         try:
-            for event in events:
-                subscription._offer(event)  # noqa: SLF001 - the two classes are one thing
+            yield
         finally:
             self._offering = outer
 
-    def _forget(self, subscription: "Subscription[E]") -> None:
-        self._subscriptions.pop(subscription, None)
+    def _present(self, topics: frozenset[Hashable] | None) -> E:
+        if self._terms.snapshot is None:
+            raise IllegalStateError("this bus makes no snapshots: give it a 'snapshot'")
+        return self._terms.snapshot(self.seq, topics)
 
+    def _replay(self, subscription: Subscription[E], after: int) -> Iterable[tuple[int, E]]:
+        if not self._history.maxlen:
+            raise IllegalStateError("this bus keeps no history: give it a 'history' and 'forgotten'")
+        if not 0 <= after <= self.seq:
+            raise IllegalArgumentError(
+                f"no event {after}: the last one of this bus is {self.seq}; begin with a snapshot, or with 0"
+            )
+        known = self.seq - len(self._history)  # every number above is in the history
+        subscription.begin_after(after, missed=max(0, known - after))
+        start = max(after, known)
+        return tuple(enumerate(islice(self._history, start - known, None), start + 1))
 
-class Subscription(Generic[E]):
-    """One subscriber's queue, for one reading task: an async iterator, and a context manager that closes it.
+    def _remember(self, subscription: Subscription[E]) -> None:
+        self._subscriptions[subscription] = None
+        if subscription.choice.topics is None:
+            self._about_all[subscription] = None
+        else:
+            for topic in subscription.choice.topics:
+                self._by_topic.setdefault(topic, {})[subscription] = None
 
-    Iteration ends when the subscription is closed and its queue is empty. A cancelled read takes nothing.
-
-    Attributes:
-        missed: Events dropped so far.
-    """
-
-    def __init__(self, bus: Bus[E], wants: Callable[[E], bool], capacity: int, *, until_end: bool) -> None:
-        if capacity < 1:
-            raise ValueError("a subscriber needs room for one event at least")
-        self._bus = bus
-        self._wants = wants
-        self._capacity = capacity
-        self._until_end = until_end
-        self._queue: deque[E] = deque()
-        self._lost: tuple[E, int] | None = None
-        self._arrival: anyio.Event | None = None
-        self._error: Exception | None = None
-        self._closed = False
-        self.missed = 0
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._queue)}/{self._capacity}"
-        return f"<Subscription {state} missed={self.missed}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> E:
-        if self._arrival is not None:
-            raise IllegalStateError("a task reads this subscription already: have one each")
-        if self._queue or self._closed:
-            await anyio.lowlevel.checkpoint()  # a reader with much to read lets others run too
-        while True:
-            event = self.next_nowait()
-            if event is not None:
-                return event
-            if self._error is not None:
-                raise self._error
-            if self._closed:
-                raise StopAsyncIteration
-            self._arrival = anyio.Event()
-            try:
-                await self._arrival.wait()
-            finally:
-                self._arrival = None
-
-    def next_nowait(self) -> E | None:
-        """The next event if one waits, a gap event where some were dropped, or None."""
-        if self._lost is not None:
-            (last, count), self._lost = self._lost, None
-            return self._bus._gap(last, count)  # noqa: SLF001
-        return self._queue.popleft() if self._queue else None
-
-    def close(self) -> None:
-        """Receive nothing more; what is queued can still be read. Idempotent."""
-        self._closed = True
-        self._bus._forget(self)  # noqa: SLF001
-        if self._arrival is not None:
-            self._arrival.set()
-
-    def _offer(self, event: E) -> None:
-        try:
-            wanted = not self._closed and self._wants(event)
-        except Exception as error:  # the subscriber's own affair; it is raised in its task
-            self._error = error
-            self.close()
+    def _forget(self, subscription: Subscription[E]) -> None:
+        if subscription not in self._subscriptions:
             return
-        if not wanted or self._closed:  # the filter may have closed it
-            return
-        if len(self._queue) == self._capacity:
-            # What waits is always in one piece, so the dropped ones join those of a gap that is not read yet.
-            dropped = self._queue.popleft()
-            self.missed += 1
-            self._lost = (dropped, self._lost[1] + 1 if self._lost else 1)
-        self._queue.append(event)
-        if self._arrival is not None:
-            self._arrival.set()
-        if self._until_end and self._bus._ends(event) is not None:  # noqa: SLF001
-            self.close()
+        del self._subscriptions[subscription]
+        self._about_all.pop(subscription, None)
+        for topic in subscription.choice.topics or ():
+            subscriptions = self._by_topic[topic]
+            del subscriptions[subscription]
+            if not subscriptions:
+                del self._by_topic[topic]

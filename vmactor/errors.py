@@ -9,6 +9,7 @@
      |   +- InvalidPayloadTransitionError   the guest: payload states only move forward
      |   +- ActorDiedError            the actor ended before it answered
      |   +- MailboxFullError          more work than the actor accepts without waiting
+     |   +- SlowSubscriberError       a subscriber that was to be disconnected when it gets too slow, and did
      +- UnsupportedOperationError     this VMM, host or version cannot do it
      +- DeadlineExceededError         no answer in time; the actor or VMM may be stuck
      +- ServiceSpecificError          the host, the VMM or we ourselves: carries a number (always -1 so far)
@@ -85,6 +86,20 @@ class ActorDiedError(IllegalStateError):
 
 class MailboxFullError(IllegalStateError):
     """The mailbox has no room; try again, or use the form that waits."""
+
+
+class SlowSubscriberError(IllegalStateError):
+    """A subscription was ended because its reader was too slow, as it had asked for.
+
+    Attributes:
+        waiting: How many events waited to be read; they could still be read.
+        after: The number of the last one of them, to subscribe again after.
+    """
+
+    def __init__(self, message: str, *, waiting: int, after: int) -> None:
+        super().__init__(message)
+        self.waiting = waiting
+        self.after = after
 
 
 class UnsupportedOperationError(VmactorError):

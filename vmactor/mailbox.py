@@ -11,14 +11,12 @@ nobody overtakes a sender that waits for room; ``ask`` always ends: with the rep
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-import anyio
 import anyio.lowlevel
 
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
+from vmactor.waiting import Deadlines, Waiter, waiter_type
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -37,42 +35,6 @@ class Request(Generic[R_co]):
     __slots__ = ()
 
 
-class Reply:
-    """Where the answer to one ``ask`` goes; the first answer counts, later ones are discarded.
-
-    Attributes:
-        done: Set when there is an answer.
-        abandoned: Whether the asker has given up.
-    """
-
-    __slots__ = ("_error", "_value", "abandoned", "done")
-
-    def __init__(self) -> None:
-        self.done = anyio.Event()
-        self.abandoned = False
-        self._value: object = None
-        self._error: Exception | None = None
-
-    def answer(self, value: object = None) -> None:
-        """Hand over the result."""
-        if not self.done.is_set():
-            self._value = value
-            self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        """Hand over an error; it is raised in the asker's task, so it should be one of its own."""
-        if not self.done.is_set():
-            self._error = error
-            self.done.set()
-
-    def result(self) -> object:
-        """Return or raise what was handed over."""
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Envelope(Generic[M]):
     """A message as its receiver gets it.
 
@@ -81,19 +43,47 @@ class Envelope(Generic[M]):
         reply: Where an answer is expected, or None for a ``tell``.
     """
 
-    message: M
-    reply: Reply | None = None
+    # Not a frozen dataclass: there is one for every message, and those take three times as long to make.
+    __slots__ = ("message",)
+    reply: "Reply | None" = None
+
+    def __init__(self, message: M) -> None:
+        self.message = message
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.message!r}>"
 
 
-class _WaitingSender(Generic[M]):
-    """A sender that found the mailbox full, and what became of its message."""
+class Reply(Envelope[Any]):
+    """Where the answer to one ``ask`` goes; the first answer counts, later ones are discarded.
 
-    __slots__ = ("accepted", "envelope", "woken")
+    It is the request's envelope as well, which saves an object for each.
 
-    def __init__(self, envelope: Envelope[M]) -> None:
-        self.envelope = envelope
-        self.accepted = False
-        self.woken = anyio.Event()
+    Attributes:
+        done: Whether there is an answer.
+        abandoned: Whether the asker has given up.
+        value: The answer, once there is one.
+        error: Or the error that is the answer, or None.
+    """
+
+    __slots__ = ("abandoned", "done", "error", "value", "waiter")
+    value: Any
+    error: Exception | None
+
+    def __init__(self, message: object, waiter: Waiter) -> None:
+        self.message = message
+        self.waiter = waiter
+        self.done = False
+        self.abandoned = False
+
+    @property
+    def reply(self) -> "Reply":  # type: ignore[override]
+        """This."""
+        return self
+
+    def expire(self) -> None:
+        """Let the asker give up."""
+        self.waiter.expire()
 
 
 class Mailbox(Generic[M]):
@@ -108,28 +98,47 @@ class Mailbox(Generic[M]):
         ValueError: The capacity is below 1.
     """
 
+    # Thousands of actors may have nothing to do: what lanes and lines need is made when it is used.
+    __slots__ = (
+        "_asked",
+        "_asleep",
+        "_burst",
+        "_closed",
+        "_control",
+        "_new_waiter",
+        "_ordinary",
+        "_receiving",
+        "_senders",
+        "capacity",
+        "late_replies",
+        "name",
+    )
+
     def __init__(self, name: str, capacity: int = 64) -> None:
         if capacity < 1:
             raise ValueError("a mailbox needs room for one message at least")
         self.name = name
         self.capacity = capacity
         self.late_replies = 0
-        self._control: deque[Envelope[M]] = deque()
-        self._ordinary: deque[Envelope[M]] = deque()
-        # In order of arrival, and left at once by a cancelled sender: a stuck actor collects nothing.
-        self._senders: OrderedDict[_WaitingSender[M], None] = OrderedDict()
-        self._open_replies: set[Reply] = set()
-        self._arrival: anyio.Event | None = None
+        self._control: deque[Envelope[M]] | None = None
+        self._ordinary: deque[Envelope[M]] | None = None
+        # Who found no room, in order of arrival, and left at once by those who are cancelled, so that a stuck
+        # actor collects nothing. An asker has no waiter here: it waits for its reply.
+        self._senders: OrderedDict[Envelope[M], Waiter | None] | None = None
+        self._asked: Deadlines[Reply] | None = None
+        self._new_waiter: type[Waiter] | None = None
+        self._receiving = False
+        self._asleep: Waiter | None = None
         self._burst = 0
         self._closed: str | None = None
 
     def __repr__(self) -> str:
-        lanes = f"{len(self._control)} control, {len(self._ordinary)}/{self.capacity} ordinary"
+        lanes = f"{len(self._control or ())} control, {len(self._ordinary or ())}/{self.capacity} ordinary"
         state = f", closed: {self._closed}" if self._closed is not None else ""
-        return f"<Mailbox {self.name} {lanes}, {len(self._senders)} waiting to send{state}>"
+        return f"<Mailbox {self.name} {lanes}, {len(self._senders or ())} waiting to send{state}>"
 
     def __len__(self) -> int:
-        return len(self._control) + len(self._ordinary)
+        return len(self._control or ()) + len(self._ordinary or ())
 
     # -- Sending ---------------------------------------------------------------------------------
 
@@ -140,12 +149,10 @@ class Mailbox(Generic[M]):
             MailboxFullError: There is no room.
             ActorDiedError: The actor has ended.
         """
-        self._check_open()
-        if len(self._ordinary) >= self.capacity:
+        if not self._accept(Envelope(message)):
             raise MailboxFullError(
                 f"the mailbox of {self.name} is full ({self.capacity}); wait, or send less"
             )
-        self._accept(self._ordinary, Envelope(message))
 
     async def tell(self, message: M) -> None:
         """Leave an ordinary message, waiting for room as long as it takes.
@@ -156,7 +163,19 @@ class Mailbox(Generic[M]):
         Raises:
             ActorDiedError: The actor has ended, or ended while we waited; the message was not delivered.
         """
-        await self._send(Envelope(message))
+        envelope = Envelope(message)
+        if self._accept(envelope):
+            return
+        room = (self._new_waiter or self._learn_loop())()
+        senders = self._stand_in_line(envelope, room)
+        try:
+            await room
+        finally:
+            waits_still = envelope in senders
+            if waits_still:
+                del senders[envelope]
+        if waits_still:
+            self._check_open()
 
     def control(self, message: M) -> None:
         """Leave a message that overtakes all ordinary ones.
@@ -165,7 +184,7 @@ class Mailbox(Generic[M]):
             MailboxFullError: More than ``CONTROL_CAPACITY`` are waiting: the actor is stuck.
             ActorDiedError: The actor has ended.
         """
-        self._send_control(Envelope(message))
+        self._accept_control(Envelope(message))
 
     async def ask(self, message: Request[R], *, timeout: float, control: bool = False) -> R:
         """Send a request and wait for its reply.
@@ -182,55 +201,77 @@ class Mailbox(Generic[M]):
             ActorDiedError: The actor ended, or had ended, without replying.
             Exception: Whatever the actor answered as its error.
         """
-        reply = Reply()
-        envelope = Envelope(message, reply)
-        self._open_replies.add(reply)
+        waiter = (self._new_waiter or self._learn_loop())()
+        reply = Reply(message, waiter)
+        if control:
+            self._accept_control(reply)
+        elif not self._accept(reply):
+            self._stand_in_line(reply, None)
+        asked = self._asked
+        if asked is None:
+            asked = self._asked = Deadlines()
+        asked.begin(reply, timeout)
         try:
-            with anyio.fail_after(timeout):
-                if control:
-                    self._send_control(envelope)  # type: ignore[arg-type]
-                else:
-                    await self._send(envelope)  # type: ignore[arg-type]
-                await reply.done.wait()
-        except TimeoutError:
-            if not reply.done.is_set():
-                raise DeadlineExceededError(
-                    f"{self.name} gave no answer to {type(message).__name__} in {timeout:g} s; "
-                    "it is stuck or has much to do"
-                ) from None
+            await waiter
         finally:
-            self._open_replies.discard(reply)
-            reply.abandoned = not reply.done.is_set()
-        return reply.result()  # type: ignore[return-value]
+            asked.end(reply)
+            if not reply.done:
+                reply.abandoned = True
+                if self._senders:
+                    self._senders.pop(reply, None)
+        if reply.done:
+            if reply.error is not None:
+                raise reply.error
+            return reply.value  # type: ignore[no-any-return]
+        raise DeadlineExceededError(
+            f"{self.name} gave no answer to {type(message).__name__} in {timeout:g} s; "
+            "it is stuck or has much to do"
+        )
 
     def _check_open(self) -> None:
         if self._closed is not None:
             raise ActorDiedError(f"{self.name} {self._closed}")
 
-    def _accept(self, lane: deque[Envelope[M]], envelope: Envelope[M]) -> None:
-        lane.append(envelope)
-        if self._arrival is not None:
-            self._arrival.set()
+    def _learn_loop(self) -> type[Waiter]:
+        self._new_waiter = waiter_type()
+        return self._new_waiter
 
-    def _send_control(self, envelope: Envelope[M]) -> None:
+    def _accept(self, envelope: Envelope[M]) -> bool:
+        """Take an ordinary message if there is room."""
+        if self._closed is not None:
+            self._check_open()
+        lane = self._ordinary
+        if lane is None:
+            lane = self._ordinary = deque()
+        if len(lane) >= self.capacity:
+            return False
+        lane.append(envelope)
+        if self._asleep is not None:
+            self._wake_receiver()
+        return True
+
+    def _accept_control(self, envelope: Envelope[M]) -> None:
         self._check_open()
+        if self._control is None:
+            self._control = deque()
         if len(self._control) >= CONTROL_CAPACITY:
             raise MailboxFullError(f"{self.name} does not take its control messages; it is stuck")
-        self._accept(self._control, envelope)
+        self._control.append(envelope)
+        if self._asleep is not None:
+            self._wake_receiver()
 
-    async def _send(self, envelope: Envelope[M]) -> None:
-        self._check_open()
-        if len(self._ordinary) < self.capacity:
-            self._accept(self._ordinary, envelope)
-            return
-        sender = _WaitingSender(envelope)
-        self._senders[sender] = None
-        try:
-            await sender.woken.wait()
-        finally:
-            self._senders.pop(sender, None)
-        if not sender.accepted:
-            self._check_open()
+    def _wake_receiver(self) -> None:
+        if self._asleep is not None:
+            self._asleep.wake()
+            self._asleep = None  # once is enough
+
+    def _stand_in_line(
+        self, envelope: Envelope[M], room: Waiter | None
+    ) -> OrderedDict[Envelope[M], Waiter | None]:
+        if self._senders is None:
+            self._senders = OrderedDict()
+        self._senders[envelope] = room
+        return self._senders
 
     # -- Receiving -------------------------------------------------------------------------------
 
@@ -244,7 +285,7 @@ class Mailbox(Generic[M]):
             ActorDiedError: The mailbox is closed.
             IllegalStateError: Another task is receiving.
         """
-        if self._arrival is not None:
+        if self._receiving:
             raise IllegalStateError(f"a task receives from the mailbox of {self.name} already: have one")
         self._burst += 1
         if self._burst > BURST:
@@ -253,37 +294,46 @@ class Mailbox(Generic[M]):
         while True:
             if self._control:
                 return self._control.popleft()
-            if self._ordinary:
-                envelope = self._ordinary.popleft()
+            lane = self._ordinary
+            if lane:
+                envelope = lane.popleft()
                 if self._senders:
-                    sender, _ = self._senders.popitem(last=False)
-                    self._ordinary.append(sender.envelope)
-                    sender.accepted = True
-                    sender.woken.set()
+                    first, room = self._senders.popitem(last=False)
+                    lane.append(first)
+                    if room is not None:
+                        room.wake()
                 return envelope
-            self._check_open()
+            if self._closed is not None:
+                self._check_open()
             self._burst = 0
-            self._arrival = anyio.Event()
+            self._control = self._ordinary = None  # an actor that idles keeps no empty lanes
+            self._asleep = waiter = (self._new_waiter or self._learn_loop())()
+            self._receiving = True
             try:
-                await self._arrival.wait()
+                await waiter
             finally:
-                self._arrival = None
+                self._receiving = False
+                self._asleep = None
 
     def answer(self, reply: Reply | None, value: object = None) -> None:
         """Answer an ask; None, of a tell, is allowed. Only the first answer counts."""
         if reply is not None:
-            self._count_late(reply)
-            reply.answer(value)
+            self._settle(reply, value, None)
 
     def refuse(self, reply: Reply | None, error: Exception) -> None:
         """Answer an ask with an error; the rest is as for ``answer``."""
         if reply is not None:
-            self._count_late(reply)
-            reply.fail(error)
+            self._settle(reply, None, error)
 
-    def _count_late(self, reply: Reply) -> None:
-        if reply.abandoned and not reply.done.is_set():
+    def _settle(self, reply: Reply, value: object, error: Exception | None) -> None:
+        if reply.done:
+            return
+        if reply.abandoned:
             self.late_replies += 1
+        reply.done = True
+        reply.value = value
+        reply.error = error
+        reply.waiter.wake()
 
     def close(self, why: str = "has ended") -> list[M]:
         """Accept nothing more; every waiting asker, sender and receiver gets ``ActorDiedError``. Idempotent.
@@ -297,16 +347,12 @@ class Mailbox(Generic[M]):
         if self._closed is not None:
             return []
         self._closed = why
-        left = [envelope.message for envelope in self._drain()]
-        for reply in self._open_replies:
-            reply.fail(ActorDiedError(f"{self.name} {why}"))
-        if self._arrival is not None:
-            self._arrival.set()
+        left = [envelope.message for lane in (self._control, self._ordinary) for envelope in lane or ()]
+        self._control = self._ordinary = None
+        for room in (self._senders or {}).values():  # they find themselves in the line still
+            if room is not None:
+                room.wake()
+        for reply in self._asked.under_way if self._asked is not None else ():
+            self._settle(reply, None, ActorDiedError(f"{self.name} {why}"))
+        self._wake_receiver()
         return left
-
-    def _drain(self) -> Iterator[Envelope[M]]:
-        for lane in (self._control, self._ordinary):
-            while lane:
-                yield lane.popleft()
-        while self._senders:
-            self._senders.popitem(last=False)[0].woken.set()

@@ -206,6 +206,9 @@ class Event:
 
     Attributes:
         seq: Counts up by one per event of a bus, from 1.
+        previous: The ``seq`` of the event or gap before this one in the stream that it was read from; in the
+            stream's first, 0, or the number that the stream was to begin after. Not part of what happened,
+            so events of different streams are equal all the same.
         cid: The VM's context identifier.
         generation: Which run of the VM this belongs to; 0 before the first start.
         name: The VM's name as its creator gave it.
@@ -216,6 +219,7 @@ class Event:
 
     kind: ClassVar[str] = "event"
     seq: int = 0
+    previous: int = field(default=0, compare=False)
     cid: int = 0
     generation: int = 0
     name: str = ""

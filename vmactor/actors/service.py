@@ -55,6 +55,8 @@ CONTEXT_ATTEMPTS: Final = 5
 HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
+HISTORY: Final = 4096
+"""How many events are kept for subscribers that were away."""
 SET_GUEST_CID: Final = 0x4008AF60
 """VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h."""
 VM_SHUTDOWN_SECONDS: Final = 30.0
@@ -102,7 +104,15 @@ class VirtualizationService:
         state_directory: str | os.PathLike[str] | None = None,
         facts: HostFacts | None = None,
     ) -> None:
-        self.bus: Bus[Event] = Bus(stamp=_stamp, gap=_gap, ends=_stream_ended)
+        self.bus: Bus[Event] = Bus(
+            stamp=_stamp,
+            gap=_gap,
+            ends=_stream_ended,
+            topic=_cid,
+            link=_link,
+            history=HISTORY,
+            forgotten=_forgotten,
+        )
         self._vmm = vmm
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
@@ -379,7 +389,19 @@ class VirtualizationService:
 
 
 def _stamp(event: Event, seq: int) -> Event:
-    return replace(event, seq=seq)
+    return replace(event, seq=seq, previous=seq - 1)  # as it is right in a stream of all events
+
+
+def _link(event: Event, previous: int) -> Event:
+    return event if event.previous == previous else replace(event, previous=previous)
+
+
+def _cid(event: Event) -> int:
+    return event.cid
+
+
+def _forgotten(seq: int, missed: int) -> Gap:
+    return Gap(seq=seq, missed=missed)  # of no VM: nobody knows which they were of
 
 
 def _gap(last: Event, missed: int) -> Gap:

@@ -1,0 +1,243 @@
+"""How a task waits to be woken: the one place in the runtime that knows which event loop it runs on.
+
+anyio's events cost several times what the loops' own means do, and a runtime under thousands of actors waits
+and wakes all day. So this is the least there is: one task waits once, anybody of the same loop wakes it. On
+asyncio that is a future, on trio a parked task. Cancellation, by anyio's scopes or the loop's own means, ends
+a wait as it ends every other one.
+
+A wait that need not begin, because it was woken before, does not yield: whoever loops without ever having to
+wait calls ``anyio.lowlevel.checkpoint()`` now and then.
+"""
+
+import asyncio
+import functools
+import heapq
+import itertools
+import math
+from asyncio import Future
+from collections.abc import Callable, Generator
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import sniffio
+
+
+class Waiter(Protocol):
+    """One wait of one task: made by that task, awaited by it at most once, woken by anybody.
+
+    Attributes:
+        woken: Whether ``wake`` was called, be it too late.
+    """
+
+    woken: bool
+
+    def wake(self) -> None:
+        """End the wait, or let it not begin. Idempotent."""
+        ...
+
+    def expire(self) -> None:
+        """End the wait as at a deadline: without waking it."""
+        ...
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Return when woken, or expired."""
+        ...
+
+    async def within(self, seconds: float) -> None:
+        """Return when woken, or when so many seconds are over; ``woken`` tells which.
+
+        Infinity is allowed. At 0 or below, those who can run now may still wake it.
+        """
+        ...
+
+
+class _AsyncioWaiter:
+    __slots__ = ("_future", "woken")
+
+    def __init__(self) -> None:
+        self.woken = False
+        self._future: Future[None] = Future()  # of the loop that runs
+
+    def wake(self) -> None:
+        self.woken = True
+        if not self._future.done():  # it is, after a deadline or a cancellation
+            self._future.set_result(None)
+
+    def expire(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._future.__await__()  # itself, so that waking costs no step of a coroutine between
+
+    async def within(self, seconds: float) -> None:
+        if seconds == math.inf:  # no timer that would wake an idle loop once a day
+            await self._future
+            return
+        timer = self._future.get_loop().call_later(seconds, self.expire)
+        try:
+            await self._future
+        finally:
+            timer.cancel()
+
+
+def _trio_waiter() -> type[Waiter]:
+    """Made on first use: trio is optional."""
+    import trio  # noqa: PLC0415
+    from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled  # noqa: PLC0415
+
+    class TrioWaiter:
+        __slots__ = ("_task", "woken")
+
+        def __init__(self) -> None:
+            self.woken = False
+            self._task: Task | None = None
+
+        def wake(self) -> None:
+            self.woken = True
+            self.expire()
+
+        def expire(self) -> None:
+            task, self._task = self._task, None
+            if task is not None:
+                reschedule(task)
+
+        def __await__(self) -> Generator[Any, Any, None]:
+            if not self.woken:
+                self._task = current_task()
+                yield from wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105 - this is await
+
+        async def within(self, seconds: float) -> None:
+            with trio.CancelScope(deadline=trio.current_time() + seconds):
+                await self
+
+        def _abort(self, _raise_cancel: Any) -> Abort:
+            self._task = None
+            return Abort.SUCCEEDED
+
+    return TrioWaiter
+
+
+_types: Final[dict[str, type[Waiter]]] = {"asyncio": _AsyncioWaiter}
+
+
+def waiter_type() -> type[Waiter]:
+    """The kind of waiter for the loop that the caller runs in; keep it, finding out costs more than waiting.
+
+    Raises:
+        sniffio.AsyncLibraryNotFoundError: No loop runs here.
+    """
+    library = sniffio.current_async_library()
+    found = _types.get(library)
+    if found is None:
+        found = _types[library] = _trio_waiter()
+    return found
+
+
+class Expires(Protocol):
+    """Something with a deadline."""
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        ...
+
+
+X = TypeVar("X", bound=Expires)
+
+
+class Deadlines(Generic[X]):
+    """The deadlines of all that one owner has under way, with one timer.
+
+    Nearly all that has a deadline is done long before. To set a timer and cancel it costs about as much as
+    everything else in a short wait, so the timer of the first deadline stays when that is not needed any
+    more; when it fires, it looks for the next one. An owner that has nothing under way thus has its loop wake
+    up once at most, and never again.
+
+    Made in the loop that it is for.
+
+    Attributes:
+        under_way: What has a deadline, and when, on the loop's clock.
+    """
+
+    __slots__ = ("_clock", "_due", "under_way")
+
+    def __init__(self) -> None:
+        self.under_way: dict[X, float] = {}
+        self._due = math.inf
+        self._clock = _clock()
+
+    def begin(self, what: X, seconds: float) -> None:
+        """Call ``what.expire()`` after so many seconds, unless it has ended before."""
+        when = self._clock.time() + seconds
+        self.under_way[what] = when
+        if when < self._due:
+            self._arm(when)
+
+    def end(self, what: X) -> None:
+        """It is done, expired or given up. Idempotent."""
+        self.under_way.pop(what, None)
+
+    def _arm(self, when: float) -> None:
+        self._due = when
+        self._clock.call_at(when, self._fire, when)
+
+    def _fire(self, when: float) -> None:
+        if when != self._due:
+            return  # an earlier deadline came after this timer was set
+        self._due = math.inf
+        now = max(when, self._clock.time())  # loops may fire a moment early
+        for what, deadline in tuple(self.under_way.items()):
+            if deadline <= now:
+                del self.under_way[what]
+                what.expire()
+        following = min(self.under_way.values(), default=math.inf)
+        if following < math.inf:
+            self._arm(following)
+
+
+class _TrioClock:
+    """Trio has deadlines for scopes only, and to enter one costs as much as a whole ask: so one for all."""
+
+    def __init__(self) -> None:
+        import trio  # noqa: PLC0415
+
+        self.time = trio.current_time
+        self._new_scope = trio.CancelScope
+        self._scope = trio.CancelScope()
+        self._sleep = trio.sleep_forever
+        self._timers: list[tuple[float, int, Callable[[float], object]]] = []
+        self._numbers = itertools.count()
+        trio.lowlevel.spawn_system_task(self._run, name="deadlines of the actor runtime")
+
+    def call_at(self, when: float, callback: Callable[[float], object], _when: float, /) -> None:
+        heapq.heappush(self._timers, (when, next(self._numbers), callback))
+        self._scope.deadline = min(self._scope.deadline, when)
+
+    async def _run(self) -> None:
+        while True:
+            with self._scope:
+                await self._sleep()
+            # A new one first: a callback may set a timer.
+            self._scope = self._new_scope(deadline=math.inf)
+            while self._timers and self._timers[0][0] <= self.time():
+                when, _, callback = heapq.heappop(self._timers)
+                callback(when)
+            if self._timers:
+                self._scope.deadline = self._timers[0][0]
+
+
+@functools.cache
+def _trio_clocks() -> Any:
+    import trio  # noqa: PLC0415
+
+    return trio.lowlevel.RunVar("clock of the actor runtime")
+
+
+def _clock() -> asyncio.AbstractEventLoop | _TrioClock:
+    if sniffio.current_async_library() == "asyncio":
+        return asyncio.get_running_loop()
+    clocks = _trio_clocks()
+    clock: _TrioClock | None = clocks.get(None)
+    if clock is None:
+        clock = _TrioClock()
+        clocks.set(clock)
+    return clock
