@@ -30,7 +30,7 @@ test: guest check  ## Check, then run every test (one module: ARGS=tests/test_bu
 	@$(BIN)/python -m pytest $(ARGS)
 
 bench: guest  ## Measure what the manager adds to a boot
-	@set -e; for script in bench/bench_*.py; do $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for name in bench_boot bench_runtime; do $(BIN)/python -m "bench.$$name" $(ARGS); done
 
 clean:  ## Remove everything built or downloaded, but not .venv
 	@rm -rf build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
