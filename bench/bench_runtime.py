@@ -23,7 +23,8 @@ from bench import runtime_peers as peers
 from bench.paired import median_interval
 from bench.runtime_peers import ASKS, EVENTS, MESSAGES, SUBSCRIBERS
 from vmactor.bus import Bus
-from vmactor.mailbox import Mailbox, Request
+from vmactor.mailbox import Mailbox
+from vmactor.request import Request
 
 Round = Callable[[], Awaitable[float]]
 """Does a thing many times; returns how many times a second."""

@@ -12,7 +12,8 @@ from anyio.abc import TaskStatus
 
 from vmactor.bus import Bus, Subscription
 from vmactor.errors import ActorDiedError
-from vmactor.mailbox import Mailbox, Request
+from vmactor.mailbox import Mailbox
+from vmactor.request import Request
 from vmactor.supervisor import Supervisor
 
 

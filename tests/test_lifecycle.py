@@ -23,15 +23,9 @@ from vmactor.actors.lifecycle import (
     Phase,
     Publish,
     Refuse,
-    Release,
-    Resume,
     RunControl,
     RunEnded,
     SpawnRun,
-    Start,
-    Stop,
-    Suspend,
-    TrimMemory,
     VmmGone,
     VmmRunning,
     VmmSpawned,
@@ -44,7 +38,6 @@ from vmactor.errors import (
     StartFailedError,
     VmmError,
 )
-from vmactor.mailbox import Request
 from vmactor.messages import (
     DeathReason,
     Died,
@@ -56,10 +49,17 @@ from vmactor.messages import (
     NotifyPayloadReady,
     NotifyPayloadStarted,
     PayloadState,
+    Release,
     Removed,
+    Resume,
+    Start,
     Started,
+    Stop,
+    Suspend,
+    TrimMemory,
     VirtualMachineState,
 )
+from vmactor.request import Request
 
 STARTED = GuestReported(1, NotifyPayloadStarted())
 READY = GuestReported(1, NotifyPayloadReady())

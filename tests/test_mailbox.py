@@ -19,7 +19,8 @@ from bench.bench_runtime import bytes_each, idle_actors, used_actors
 from bench.runtime_peers import idle_anyio_tasks
 from tests.virtual_time import VirtualTimeLoop
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
-from vmactor.mailbox import BURST, CONTROL_CAPACITY, Mailbox, Request
+from vmactor.mailbox import BURST, CONTROL_CAPACITY, Mailbox
+from vmactor.request import Request
 
 pytestmark = pytest.mark.anyio
 

@@ -16,10 +16,10 @@ from typing import Any, Final, Generic, TypeVar
 import anyio.lowlevel
 
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
+from vmactor.request import Request
 from vmactor.waiting import Deadlines, Waiter, waiter_type
 
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 M = TypeVar("M")
 
 CONTROL_CAPACITY: Final = 1024
@@ -27,12 +27,6 @@ CONTROL_CAPACITY: Final = 1024
 
 BURST: Final = 64
 """Messages that a receiver takes without letting other tasks run."""
-
-
-class Request(Generic[R_co]):
-    """Base of messages that have a reply of type ``R_co``."""
-
-    __slots__ = ()
 
 
 class Envelope(Generic[M]):

@@ -11,6 +11,7 @@ from enum import Enum, IntEnum
 from typing import Any, ClassVar, Final
 
 from vmactor.errors import IllegalArgumentError
+from vmactor.request import Request
 
 # -- Enums -----------------------------------------------------------------------------------------
 
@@ -103,6 +104,44 @@ class PayloadState(IntEnum):
     READY = 2
     FINISHED = 3
     HANGUP = 4
+
+
+# -- Commands: what a client has a VM's actor do; all are asked, none has a result ---------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Request[None]):
+    """Boot the VM. Answered when the VMM runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(Request[None]):
+    """Kill the VM. Answered when it is dead and cleared away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Request[None]):
+    """Nobody holds the VM any more: kill it if it runs, and end the actor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend(Request[None]):
+    """Pause the virtual CPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Request[None]):
+    """Let the virtual CPUs run."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrimMemory(Request[None]):
+    """Ask the guest for memory."""
+
+    level: MemoryTrimLevel
+
+
+Control = Suspend | Resume | TrimMemory
 
 
 # -- What a guest reports --------------------------------------------------------------------------

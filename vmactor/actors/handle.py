@@ -13,11 +13,23 @@ import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
 from vmactor.actors.guest_rpc import GuestRpcStatistics
-from vmactor.actors.lifecycle import NOT_RUNNING, Resume, Start, Stop, Suspend, TrimMemory
+from vmactor.actors.lifecycle import NOT_RUNNING
 from vmactor.actors.vm import VmActor
 from vmactor.bus import Bus, Subscription
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalArgumentError, IllegalStateError
-from vmactor.messages import Died, Event, MemoryTrimLevel, VirtualMachineState, VmInfo, VsockMessage
+from vmactor.messages import (
+    Died,
+    Event,
+    MemoryTrimLevel,
+    Resume,
+    Start,
+    Stop,
+    Suspend,
+    TrimMemory,
+    VirtualMachineState,
+    VmInfo,
+    VsockMessage,
+)
 from vmactor.vsock import VsockListener, VsockStream
 
 START_SECONDS: Final = 60.0

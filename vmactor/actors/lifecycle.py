@@ -20,14 +20,13 @@ from vmactor.errors import (
     StartFailedError,
     VmactorError,
 )
-from vmactor.mailbox import Request
 from vmactor.messages import (
+    Control,
     DeathReason,
     Died,
     Event,
     GuestReport,
     HungUp,
-    MemoryTrimLevel,
     NotifyError,
     NotifyPayloadFinished,
     NotifyPayloadReady,
@@ -37,13 +36,20 @@ from vmactor.messages import (
     PayloadReady,
     PayloadStarted,
     PayloadState,
+    Release,
     Removed,
+    Resume,
     Resumed,
+    Start,
     Started,
+    Stop,
+    Suspend,
     Suspended,
+    TrimMemory,
     VirtualMachineState,
     death_reason_of_text,
 )
+from vmactor.request import Request
 from vmactor.text import escape
 
 MAX_CONTROLS: Final = 16
@@ -65,42 +71,7 @@ class Phase(Enum):
     DEAD = "dead"
 
 
-# -- Messages: commands (with a reply), then what the VM's own children report ------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Start(Request[None]):
-    """Boot the VM. Answered when the VMM runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stop(Request[None]):
-    """Kill the VM. Answered when it is dead and cleared away."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release(Request[None]):
-    """Nobody holds the VM any more: kill it if it runs, and end the actor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Suspend(Request[None]):
-    """Pause the virtual CPUs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resume(Request[None]):
-    """Let the virtual CPUs run."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrimMemory(Request[None]):
-    """Ask the guest for memory."""
-
-    level: MemoryTrimLevel
-
-
-Control = Suspend | Resume | TrimMemory
+# -- Signals: what the VM's own children report; the commands are in vmactor.messages -----------------
 
 
 @dataclass(frozen=True, slots=True)

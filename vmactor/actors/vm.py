@@ -21,7 +21,6 @@ from vmactor.actors.lifecycle import (
     Answer,
     ArmHangup,
     Clear,
-    Control,
     ControlDone,
     DisarmHangup,
     Finish,
@@ -33,12 +32,8 @@ from vmactor.actors.lifecycle import (
     Phase,
     Publish,
     Refuse,
-    Release,
-    Resume,
     RunControl,
     SpawnRun,
-    Suspend,
-    TrimMemory,
     transition,
 )
 from vmactor.actors.monitor import Run, RunSpec
@@ -47,6 +42,7 @@ from vmactor.errors import ActorDiedError, IllegalStateError, MailboxFullError, 
 from vmactor.log import get_logger
 from vmactor.mailbox import Mailbox, Reply
 from vmactor.messages import (
+    Control,
     Created,
     DeathReason,
     Died,
@@ -54,6 +50,10 @@ from vmactor.messages import (
     GuestReport,
     MemoryTrimLevel,
     PayloadStarted,
+    Release,
+    Resume,
+    Suspend,
+    TrimMemory,
     VmInfo,
 )
 from vmactor.process import UNKNOWN
