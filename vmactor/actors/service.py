@@ -7,10 +7,9 @@ directory. It is an async context manager; each VM is a child of its supervisor.
 import errno
 import fcntl
 import os
-import struct
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import anyio
 
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.monitor import RunSpec, Sinks
+from vmactor.actors.place import Place, Places
 from vmactor.actors.vm import VmActor, VmContext, info_record
 from vmactor.bus import Bus, Subscription
 from vmactor.config import RawConfig
@@ -28,9 +28,6 @@ from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
     ResourceExhaustedError,
-    ServiceSpecificError,
-    UnsupportedOperationError,
-    VmactorError,
 )
 from vmactor.host import HostFacts, probe
 from vmactor.log import get_logger
@@ -48,41 +45,15 @@ from vmactor.platform_version import Version
 from vmactor.state_dir import StateDirectory, default_path
 from vmactor.supervisor import ChildExit, Decision, Supervisor
 from vmactor.vmm.select import Selection, select
-from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockListener, VsockTransport
 
-CONTEXT_ATTEMPTS: Final = 5
-"""How often a CID is tried for which no RPC server can be had (reference: createVm, step 2)."""
 HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
 HISTORY: Final = 4096
 """How many events are kept for subscribers that were away."""
-SET_GUEST_CID: Final = 0x4008AF60
-"""VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h."""
 VM_SHUTDOWN_SECONDS: Final = 30.0
 
-_EXHAUSTED: Final = {
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOBUFS,
-    errno.ENOMEM,
-    errno.ENOSPC,
-    errno.EDQUOT,
-}
-"""What another CID does not help against."""
-
 logger = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """What a VM needs on this host before it exists: a CID, a directory, a vsock with its RPC port."""
-
-    cid: int
-    directory: Path
-    transport: VsockTransport
-    listener: VsockListener
-    vhost_fd: int | None
 
 
 class VirtualizationService:
@@ -117,11 +88,11 @@ class VirtualizationService:
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
         self._actors: dict[int, VmActor] = {}
-        self._kept: set[int] = set()  # CIDs whose dead VMs left a living process behind
         self._supervisor = Supervisor("service", self._vm_ended)
         self._open = False
         self._state: StateDirectory
         self._selection: Selection
+        self._places: Places
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -131,6 +102,7 @@ class VirtualizationService:
             self._facts = await anyio.to_thread.run_sync(probe)
         self._selection = select(self._vmm, self._facts) if isinstance(self._vmm, str) else self._vmm
         self._state = StateDirectory(self._state_path or default_path())
+        self._places = Places(self._state, self._selection, self._facts, self._helper_pid)
         await self._supervisor.__aenter__()
         self._open = True
         return self
@@ -194,7 +166,6 @@ class VirtualizationService:
         self._check_open()
         driver = self._selection.driver
         self._check(config)
-        helper = self._helper() if self._selection.vsock == "hybrid" else None
         if hangup_timeout is not None and not hangup_timeout > 0:
             raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
         if hangup_timeout is not None and not hangup_detection:
@@ -209,9 +180,9 @@ class VirtualizationService:
             if own.disks:
                 await anyio.to_thread.run_sync(own.check_formats)
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
-            place = await self._find_place(claim)
+            place = await self._places.find(claim)
             spec = RunSpec(
-                config.name, place.cid, own, driver, place.directory, sinks, place.vhost_fd, helper
+                config.name, place.cid, own, driver, place.directory, sinks, place.vhost_fd, place.helper
             )
             info = VmInfo(
                 cid=place.cid,
@@ -231,7 +202,7 @@ class VirtualizationService:
             return await self._start_actor(spec, info, place, timeout if hangup_detection else None, owned)
 
     async def _start_actor(
-        self, spec: RunSpec, info: VmInfo, place: _Place, hangup_timeout: float | None, owned: ExitStack
+        self, spec: RunSpec, info: VmInfo, place: Place, hangup_timeout: float | None, owned: ExitStack
     ) -> VirtualMachine:
         resources = owned.pop_all()
 
@@ -241,7 +212,7 @@ class VirtualizationService:
 
         def abandon() -> None:
             logger.error("a process survived its VM; the VM's directory and CID are kept", cid=place.cid)
-            self._kept.add(place.cid)
+            self._places.keep(place.cid)
             give_back()
 
         context = VmContext(
@@ -249,7 +220,7 @@ class VirtualizationService:
             transport=place.transport,
             listener=place.listener,
             record=self._record,
-            clear=partial(self._remove_directory, place.cid),
+            clear=partial(self._places.clear, place.cid),
             give_back=give_back,
             abandon=abandon,
         )
@@ -278,58 +249,6 @@ class VirtualizationService:
         config.validate()
         config.check_platform(Version.parse(self._selection.driver.platform_version))
         self._selection.driver.validate(config)
-
-    def _helper(self) -> Path:
-        assert self._facts is not None  # noqa: S101 - set on entry
-        helper = self._facts.vhost_device_vsock.path
-        if helper is None:
-            raise UnsupportedOperationError(f"no vhost-device-vsock: {self._facts.vhost_device_vsock.advice}")
-        return helper
-
-    async def _find_place(self, claim: ExitStack) -> _Place:
-        failure: Exception | None = None
-        for _ in range(CONTEXT_ATTEMPTS):
-            with ExitStack() as attempt:
-                cid = await self._state.cids.claim()
-                attempt.callback(self._release, cid)
-                directory = self._state.make_vm_directory(cid)
-                attempt.callback(self._remove_directory, cid)
-                try:
-                    place = self._listen(cid, directory, attempt)
-                except (VmactorError, OSError) as error:
-                    cause = error if isinstance(error, OSError) else error.__cause__
-                    if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
-                        text = f"no RPC server for a VM: {cause.strerror}; raise 'ulimit -n', or make room"
-                        raise ResourceExhaustedError(text) from error
-                    failure = error
-                    logger.warning("no RPC server for a CID", cid=cid, error=str(error))
-                    continue
-                claim.push(attempt.pop_all())
-                return place
-        raise ServiceSpecificError(f"Too many attempts to create VM context failed: {failure}") from failure
-
-    def _listen(self, cid: int, directory: Path, attempt: ExitStack) -> _Place:
-        if self._selection.vsock == "kernel":
-            vhost_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
-            attempt.callback(os.close, vhost_fd)
-            # The kernel refuses a CID that any other VM on the host has; ours is claimed from here on.
-            fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))
-            kernel = KernelVsockTransport(cid)
-            return _Place(cid, directory, kernel, kernel.listen(cid), vhost_fd)
-        hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
-        attempt.callback(hybrid.close)
-        return _Place(cid, directory, hybrid, hybrid.listen(cid), None)
-
-    def _release(self, cid: int) -> None:
-        if cid not in self._kept:
-            self._state.cids.release(cid)
-
-    def _remove_directory(self, cid: int) -> None:
-        if cid in self._kept:
-            return
-        with suppress(OSError):  # takes no descriptor, should there be none left; works on an empty one
-            self._state.vm_directory(cid).rmdir()
-        self._state.remove_vm_directory(cid)
 
     def _helper_pid(self, cid: int) -> int | None:
         actor = self._actors.get(cid)

@@ -1,0 +1,160 @@
+"""Places: what a VM needs on this host before it exists, and keeps until it is gone.
+
+A place is a CID, a private directory, and a vsock whose RPC port is listened on. It is claimed as a whole or
+not at all, and given back last, unless a process of the VM lives on in it.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from vmactor.errors import (
+    ResourceExhaustedError,
+    ServiceSpecificError,
+    UnsupportedOperationError,
+    VmactorError,
+)
+from vmactor.host import HostFacts
+from vmactor.log import get_logger
+from vmactor.state_dir import StateDirectory
+from vmactor.vmm.select import Selection
+from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockListener, VsockTransport
+
+CONTEXT_ATTEMPTS: Final = 5
+"""How often a CID is tried for which no RPC server can be had (reference: createVm, step 2)."""
+SET_GUEST_CID: Final = 0x4008AF60
+"""VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h."""
+
+_EXHAUSTED: Final = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+"""What another CID does not help against."""
+
+logger = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One VM's place.
+
+    Attributes:
+        cid: The claimed CID.
+        directory: The VM's private directory.
+        transport: The VM's vsock.
+        listener: Listens on port = CID.
+        vhost_fd: An open vhost-vsock device with the CID set, where the kernel does it.
+        helper: The vhost-device-vsock executable, where that does it.
+    """
+
+    cid: int
+    directory: Path
+    transport: VsockTransport
+    listener: VsockListener
+    vhost_fd: int | None
+    helper: Path | None
+
+
+class Places:
+    """Finds places for the VMs of one service.
+
+    Args:
+        state: Where CIDs and directories come from.
+        selection: Which kind of vsock VMs get.
+        facts: What the host has.
+        helper_pid: The process whose vsock connections are a VM's, by its CID, while there is one.
+    """
+
+    def __init__(
+        self,
+        state: StateDirectory,
+        selection: Selection,
+        facts: HostFacts,
+        helper_pid: Callable[[int], int | None],
+    ) -> None:
+        self._state = state
+        self._selection = selection
+        self._facts = facts
+        self._helper_pid = helper_pid
+        self._kept: set[int] = set()  # CIDs whose dead VMs left a living process behind
+
+    async def find(self, claim: ExitStack) -> Place:
+        """Claim a place.
+
+        Args:
+            claim: Gets what gives the place back: the CID and, should it still be there, the directory. The
+                listener is its user's to close.
+
+        Raises:
+            UnsupportedOperationError: VMs need vhost-device-vsock here, and there is none.
+            ResourceExhaustedError: No CID, descriptor or space.
+            ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
+        """
+        helper = self._find_helper()
+        failure: Exception | None = None
+        for _ in range(CONTEXT_ATTEMPTS):
+            with ExitStack() as attempt:
+                cid = await self._state.cids.claim()
+                attempt.callback(self._release, cid)
+                directory = self._state.make_vm_directory(cid)
+                attempt.callback(self.clear, cid)
+                try:
+                    place = self._listen(cid, directory, helper, attempt)
+                except (VmactorError, OSError) as error:
+                    cause = error if isinstance(error, OSError) else error.__cause__
+                    if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+                        text = f"no RPC server for a VM: {cause.strerror}; raise 'ulimit -n', or make room"
+                        raise ResourceExhaustedError(text) from error
+                    failure = error
+                    logger.warning("no RPC server for a CID", cid=cid, error=str(error))
+                    continue
+                claim.push(attempt.pop_all())
+                return place
+        raise ServiceSpecificError(f"Too many attempts to create VM context failed: {failure}") from failure
+
+    def keep(self, cid: int) -> None:
+        """A process of the dead VM lives on: its directory and its CID stay as they are."""
+        self._kept.add(cid)
+
+    def clear(self, cid: int) -> None:
+        """Remove a VM's directory, unless it is kept. Never raises."""
+        if cid in self._kept:
+            return
+        with suppress(OSError):  # takes no descriptor, should there be none left; works on an empty one
+            self._state.vm_directory(cid).rmdir()
+        self._state.remove_vm_directory(cid)
+
+    def _listen(self, cid: int, directory: Path, helper: Path | None, attempt: ExitStack) -> Place:
+        if helper is None:
+            vhost_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
+            attempt.callback(os.close, vhost_fd)
+            # The kernel refuses a CID that any other VM on the host has; ours is claimed from here on.
+            fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))
+            kernel = KernelVsockTransport(cid)
+            return Place(cid, directory, kernel, kernel.listen(cid), vhost_fd, None)
+        hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
+        attempt.callback(hybrid.close)
+        return Place(cid, directory, hybrid, hybrid.listen(cid), None, helper)
+
+    def _find_helper(self) -> Path | None:
+        if self._selection.vsock == "kernel":
+            return None
+        found = self._facts.vhost_device_vsock
+        if found.path is None:
+            raise UnsupportedOperationError(f"no vhost-device-vsock: {found.advice}")
+        return found.path
+
+    def _release(self, cid: int) -> None:
+        if cid not in self._kept:
+            self._state.cids.release(cid)
