@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vmactor.host import Finding, HostFacts, Program
+from vmactor.host import Crosvm, Finding, HostFacts, Program
 
 MISSING = Finding(False, "none here", "get one")
 THERE = Finding(True, "there it is")
@@ -13,6 +13,27 @@ THERE = Finding(True, "there it is")
 def program(name: str, version: str) -> Program:
     path = Path("/usr/bin") / name
     return Program(True, f"{path} {version}", "", path, version)
+
+
+_EVERY_BUILD = {
+    *("bios", "cid", "block", "cpus", "disable-sandbox", "disk", "initrd", "mem", "no-balloon", "no-usb"),
+    *("balloon-page-reporting", "params", "protected-vm", "rwdisk", "serial", "socket", "vhost-vsock-fd"),
+}
+OPTIONS_2023_02 = frozenset(_EVERY_BUILD | {"swiotlb", "vhost-user-vsock", "vhost-user-gpu", "cfg"})
+"""Of crosvm in February 2023, what matters to us."""
+HEAD_OPTIONS = frozenset(_EVERY_BUILD | {"vsock", "vhost-user", "name", "suspended"})
+"""The same in August 2026, on x86_64."""
+ARM_OPTIONS = HEAD_OPTIONS | {"swiotlb"}
+"""The same on aarch64."""
+
+
+def crosvm(options: frozenset[str], *commands: str) -> Crosvm:
+    path = Path("/usr/bin/crosvm")
+    return Crosvm(True, f"{path} 0.1.0", "", path, "0.1.0", options, frozenset(commands))
+
+
+def no_crosvm() -> Crosvm:
+    return Crosvm(False, "no crosvm in PATH", "build crosvm")
 
 
 FULL = HostFacts(
@@ -25,7 +46,7 @@ FULL = HostFacts(
     qemu=program("qemu-system-x86_64", "7.2.22"),
     qboot=THERE,
     vhost_device_vsock=program("vhost-device-vsock", "0.3.0"),
-    crosvm=program("crosvm", "0.1.0"),
+    crosvm=crosvm(HEAD_OPTIONS),
 )
 """A host that has all there is."""
 

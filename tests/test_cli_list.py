@@ -15,7 +15,7 @@ from tests.cli_process import Cli, cli, rows
 from vmactor.cli import info
 from vmactor.cli.list_vms import COLUMNS, age, row
 from vmactor.cli.records import find
-from vmactor.host import Finding, HostFacts, Program
+from vmactor.host import Crosvm, Finding, HostFacts, Program
 from vmactor.state_dir import StateDirectory
 
 __all__ = ["cli"]
@@ -151,7 +151,7 @@ FACTS = HostFacts(
     qemu=Program(True, r"/usr/bin/qemu\[1] 7.2.22", "", Path("/usr/bin/qemu[1]"), "7.2.22"),
     qboot=Finding(True, "/usr/share/qemu/qboot.rom"),
     vhost_device_vsock=Program(True, "/usr/bin/vhost-device-vsock 0.3.0", "", Path("/usr/bin/v"), "0.3.0"),
-    crosvm=Program(False, "no crosvm in PATH", "build it"),
+    crosvm=Crosvm(False, "no crosvm in PATH", "build it"),
 )
 
 GOLDEN = """\

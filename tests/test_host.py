@@ -132,7 +132,9 @@ def test_executables_are_asked_for_their_version_exactly_once(host: FakeHost, tm
         "qemu-system-x86_64", f'echo "qemu $@" >> {log}; echo "QEMU emulator version 7.2.22 (Debian)"'
     )
     host.program("vhost-device-vsock", f'echo "helper $@" >> {log}; echo "vhost-device-vsock 0.3.0"')
-    host.program("crosvm", f'echo "crosvm $@" >> {log}; echo "crosvm 0.1.0-abcdef"')
+    host.program(
+        "crosvm", f'echo "crosvm $@" >> {log}; echo "crosvm 0.1.0-abcdef"; echo "  --mem"; echo "  run"'
+    )
     facts = host.look()
     assert [facts.qemu.version, facts.vhost_device_vsock.version, facts.crosvm.version] == [
         "7.2.22",
@@ -143,7 +145,8 @@ def test_executables_are_asked_for_their_version_exactly_once(host: FakeHost, tm
     assert facts.vhost_device_vsock.usable
     assert facts.crosvm.usable
     assert facts.qemu.path == host.bin / "qemu-system-x86_64"
-    assert sorted(log.read_text().splitlines()) == ["crosvm version", "helper --version", "qemu --version"]
+    asked = ["crosvm --help", "crosvm run --help", "crosvm version", "helper --version", "qemu --version"]
+    assert sorted(log.read_text().splitlines()) == asked
 
 
 def test_an_old_qemu_is_refused_with_its_version(host: FakeHost) -> None:
@@ -188,11 +191,71 @@ def test_a_file_that_is_no_program_is_not_usable(host: FakeHost) -> None:
 
 
 def test_a_program_without_a_version_is_usable(host: FakeHost) -> None:
-    host.program("crosvm", "echo crosvm")
+    host.program("vhost-device-vsock", "echo helper")
+    helper = host.look().vhost_device_vsock
+    assert helper.usable
+    assert helper.version is None
+    assert "(version unknown)" in helper.found
+
+
+CROSVM = """case "$*" in
+version) echo crosvm 0.1.0-abcdef;;
+"run --help") cat {directory}/run;;
+--help) cat {directory}/top;;
+*) exit 35;;
+esac"""
+RUN_HELP = """Usage: crosvm run <options> KERNEL
+
+Options:
+  --balloon-page-reporting
+                    see --not-an-option, or
+  -b, --block       parameters for setting up a block device.
+      --deep        indented too far
+  --mem             amount of guest memory
+noise --vsock
+"""
+TOP_HELP = """Usage: crosvm <command>
+
+Options:
+  --help            display usage information
+
+Commands:
+  create_composite  Create a new composite disk image file
+                    with words in a second line
+  run               Start a new crosvm instance
+"""
+
+
+def test_crosvm_is_asked_for_its_options_and_commands(host: FakeHost, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text(RUN_HELP)
+    (tmp_path / "top").write_text(TOP_HELP)
+    path = host.program("crosvm", CROSVM.format(directory=tmp_path))
     crosvm = host.look().crosvm
-    assert crosvm.usable
-    assert crosvm.version is None
-    assert "(version unknown)" in crosvm.found
+    assert (crosvm.usable, crosvm.path, crosvm.version) == (True, path, "0.1.0")
+    assert crosvm.options == {"balloon-page-reporting", "block", "mem"}
+    assert crosvm.commands == {"create_composite", "run"}
+    (tmp_path / "top").write_text("")
+    crosvm = host.look().crosvm
+    assert not crosvm.usable
+    assert crosvm.found == f"{path} 0.1.0 does not list its options"
+
+
+def test_a_help_without_end_is_cut_and_refused(host: FakeHost) -> None:
+    host.program("crosvm", 'case "$*" in version) echo 0.1.0;; *) exec yes "  --mem";; esac')
+    crosvm = host.look(timeout=5).crosvm
+    assert not crosvm.usable
+    assert "does not list its options" in crosvm.found
+
+
+def test_crosvm_is_found_by_variable_before_path(host: FakeHost, tmp_path: Path) -> None:
+    host.program("crosvm", "echo crosvm 0.1.0")
+    named = host.program("mine", "echo 0.2.0", tmp_path)
+    host.environ["VMACTOR_CROSVM"] = str(named)
+    assert host.look().crosvm.path == named
+    host.environ["VMACTOR_CROSVM"] = str(tmp_path / "absent")
+    crosvm = host.look().crosvm
+    assert not crosvm.usable
+    assert "VMACTOR_CROSVM names" in crosvm.found
 
 
 @pytest.mark.parametrize(

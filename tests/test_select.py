@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.host_facts import MISSING, absent, facts
+from tests.host_facts import MISSING, absent, facts, no_crosvm
 from vmactor.errors import IllegalArgumentError, UnsupportedOperationError
 from vmactor.vmm.qemu import QemuDriver
 from vmactor.vmm.select import select
@@ -19,7 +19,7 @@ from vmactor.vmm.select import select
         ({"vhost_vsock": MISSING}, "hybrid", False),
         ({"af_vsock": MISSING}, "hybrid", False),
         ({"vhost_device_vsock": absent("helper")}, "kernel", False),
-        ({"kvm": MISSING, "vhost_vsock": MISSING, "crosvm": absent("crosvm")}, "hybrid", True),
+        ({"kvm": MISSING, "vhost_vsock": MISSING, "crosvm": no_crosvm()}, "hybrid", True),
     ],
 )
 @pytest.mark.parametrize("name", ["auto", "qemu"])
@@ -36,7 +36,7 @@ def test_qemu_is_picked_with_the_best_transport(
 def test_auto_says_why_crosvm_was_not_picked() -> None:
     reasons = select("auto", facts()).reasons
     assert reasons[0] == "crosvm was not picked: it would run here, but its driver is not there yet"
-    reasons = select("auto", facts(crosvm=absent("crosvm"), kvm=MISSING)).reasons
+    reasons = select("auto", facts(crosvm=no_crosvm(), kvm=MISSING)).reasons
     assert reasons[0] == "crosvm was not picked: this host lacks crosvm, KVM"
     assert not any("crosvm" in reason for reason in select("qemu", facts()).reasons)
 

@@ -1,8 +1,8 @@
 """What this host can do for VMs: found once, quickly, and explained.
 
-``probe`` looks at devices, CPU flags and executables. It changes nothing, starts each executable at most once
-(to ask for its version, with a deadline), and never raises: what is missing becomes a ``Finding`` that says
-so and how to get it. It blocks for some tens of milliseconds: call it from a worker thread if that matters.
+``probe`` looks at devices, CPU flags and executables. It changes nothing, asks each executable its version (and
+crosvm for its help) with a deadline, and never raises: what is missing becomes a ``Finding`` that says so and
+how to get it. It blocks for some tens of milliseconds: call it from a worker thread if that matters.
 """
 
 import errno
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +33,7 @@ QEMU_MINIMUM: Final = (6, 0)
 _KVM_GET_API_VERSION: Final = 0xAE00
 _KVM_API_VERSION: Final = 12
 _OUTPUT_LIMIT: Final = 4096
+_HELP_LIMIT: Final = 1 << 18
 _CPUINFO_LIMIT: Final = 1 << 16
 _CHECKOUT: Final = Path(__file__).resolve().parent.parent
 _HELPER_PLACES: Final = ("build/host/bin/vhost-device-vsock", "build/host/usr/bin/vhost-device-vsock")
@@ -66,6 +67,19 @@ class Program(Finding):
     version: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Crosvm(Program):
+    """crosvm, and what its build can do by its own help; an option that is compiled out is not in there.
+
+    Attributes:
+        options: Long options of ``crosvm run``, without their dashes.
+        commands: Subcommands, e.g. ``create_composite``.
+    """
+
+    options: frozenset[str] = frozenset()
+    commands: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """What the host can do.
@@ -80,7 +94,7 @@ class HostFacts:
         qemu: The system emulator of the host's own architecture.
         qboot: QEMU's quick firmware for direct kernel boot.
         vhost_device_vsock: The helper that carries vsock where the kernel's device is missing.
-        crosvm: The other VMM.
+        crosvm: The other VMM, and what its build can do.
     """
 
     arch: str
@@ -92,7 +106,7 @@ class HostFacts:
     qemu: Program
     qboot: Finding
     vhost_device_vsock: Program
-    crosvm: Program
+    crosvm: Crosvm
 
 
 _once = threading.Lock()
@@ -121,7 +135,7 @@ def look(
 
     Args:
         root: Where ``dev``, ``proc`` and ``usr`` are.
-        environ: Holds ``PATH`` and, if set, ``VMACTOR_VHOST_DEVICE_VSOCK``.
+        environ: Holds ``PATH`` and, if set, ``VMACTOR_VHOST_DEVICE_VSOCK`` and ``VMACTOR_CROSVM``.
         arch: Machine name; the kernel's if not given.
         checkouts: Directories that may hold a ``build`` directory; the current one and the source checkout if
             not given.
@@ -141,7 +155,7 @@ def look(
         qemu=qemu,
         qboot=_qboot(root, arch, qemu),
         vhost_device_vsock=_helper(environ, path, checkouts or (Path.cwd(), _CHECKOUT), timeout),
-        crosvm=_crosvm(path, timeout),
+        crosvm=_crosvm(environ, path, timeout),
     )
 
 
@@ -284,12 +298,39 @@ def _helper(environ: Mapping[str, str], path: str, checkouts: Iterable[Path], ti
     return _ask(Path(found).absolute(), "--version", timeout, advice)
 
 
-def _crosvm(path: str, timeout: float) -> Program:
-    advice = "build crosvm from its source and put it in PATH; no distribution has a package"
-    found = shutil.which("crosvm", path=path)
+def _crosvm(environ: Mapping[str, str], path: str, timeout: float) -> Crosvm:
+    advice = (
+        "build crosvm from its source and put it in PATH, or name it in VMACTOR_CROSVM; no distribution has "
+        "a package"
+    )
+    named = environ.get("VMACTOR_CROSVM")
+    found = shutil.which(named, path="") if named else shutil.which("crosvm", path=path)
     if found is None:
-        return Program(False, "no crosvm in PATH", advice)
-    return _ask(Path(found), "version", timeout, advice)
+        what = f"VMACTOR_CROSVM names {escape(named)}, which cannot be run" if named else "no crosvm in PATH"
+        return Crosvm(False, what, advice)
+    program = _ask(Path(found).absolute(), "version", timeout, advice)
+    known = Crosvm(program.usable, program.found, program.advice, program.path, program.version)
+    if not known.usable:
+        return known
+    options = _listed(Path(found), ["run", "--help"], _OPTION, timeout)
+    commands = _listed(Path(found), ["--help"], _COMMAND, timeout)
+    if not options or not commands:
+        return replace(known, usable=False, found=f"{known.found} does not list its options", advice=advice)
+    return replace(known, options=options, commands=commands)
+
+
+# How argh, crosvm's command line reader, prints help: each entry at two columns, its text further right.
+_OPTION: Final = re.compile(r"^  (?:-\w, )?--([a-z0-9][a-z0-9-]*)(?= |$)", re.MULTILINE)
+_COMMAND: Final = re.compile(r"^  ([a-z][a-z0-9_]*)(?= |$)", re.MULTILINE)
+
+
+def _listed(path: Path, arguments: list[str], entry: re.Pattern[str], timeout: float) -> frozenset[str]:
+    """The names in a help text; none if it does not come, in time and with status 0."""
+    try:
+        code, output = _output([os.fspath(path), *arguments], timeout, _HELP_LIMIT)
+    except OSError:
+        return frozenset()
+    return frozenset(entry.findall(output)) if code == 0 else frozenset()
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:
@@ -313,7 +354,7 @@ def _ask(path: Path, argument: str, timeout: float, advice: str) -> Program:
     return Program(True, f"{shown} {version or '(version unknown)'}", "", path, version)
 
 
-def _output(args: list[str], timeout: float) -> tuple[int | None, str]:
+def _output(args: list[str], timeout: float, limit: int = _OUTPUT_LIMIT) -> tuple[int | None, str]:
     """Run a command for its first words; status None if it was not done in time. Leaves nothing running.
 
     Not ``subprocess.run``: that waits without a deadline for what a killed wrapper script started, and keeps
@@ -332,8 +373,8 @@ def _output(args: list[str], timeout: float) -> tuple[int | None, str]:
     with child.stdout as pipe:
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
-        while not ended and len(data) < _OUTPUT_LIMIT and poller.poll(max(end - time.monotonic(), 0) * 1000):
-            chunk = os.read(pipe.fileno(), _OUTPUT_LIMIT)
+        while not ended and len(data) < limit and poller.poll(max(end - time.monotonic(), 0) * 1000):
+            chunk = os.read(pipe.fileno(), limit)
             data += chunk
             ended = not chunk
     if ended:

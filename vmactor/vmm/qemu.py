@@ -11,8 +11,6 @@ QEMU starts with its virtual CPUs stopped. ``QemuVmm.wait_running`` sets them go
 socket, so no end of a guest, however quick, goes unheard.
 """
 
-import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterable
@@ -23,20 +21,20 @@ from typing import ClassVar, Final
 
 import anyio
 
-from vmactor.config import DiskImage, RawConfig
+from vmactor.config import RawConfig
 from vmactor.errors import StartFailedError, UnsupportedOperationError
 from vmactor.host import HostFacts
 from vmactor.messages import CpuTopology
 from vmactor.process import Process
 from vmactor.text import qemu_value
 from vmactor.vmm.driver import KernelVsock, Launch, VhostUserVsock
-from vmactor.vmm.qemu_vmm import QemuVmm, remove_socket
+from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket
+from vmactor.vmm.qemu_vmm import QemuVmm
 
 PLATFORM_VERSION: Final = "1.0.0"
 DEFAULT_MEMORY_MIB: Final = 256
 """Memory of a guest whose configuration names none; crosvm's default."""
 
-_SOCKET_PATH_LIMIT: Final = 107
 _MIB: Final = 1 << 20
 
 
@@ -149,17 +147,17 @@ class QemuDriver:
 
     def _boot(self, config: RawConfig) -> Iterable[str]:
         if config.bootloader is not None:
-            yield from ("-bios", _proc_path(config.bootloader))
+            yield from ("-bios", proc_path(config.bootloader))
         elif config.kernel is not None and self.facts.qboot.usable:
             # qboot can do nothing but start the kernel it is given, and does that at once.
             yield from ("-bios", "qboot.rom")
         if config.kernel is not None:
-            yield from ("-kernel", _proc_path(config.kernel))
+            yield from ("-kernel", proc_path(config.kernel))
             # As crosvm does: a guest that panics without a pvpanic driver reboots, which ends the VM. Without
             # this it would stand still for ever. Later parameters win.
             yield from ("-append", f"panic=-1 {config.params}" if config.params else "panic=-1")
         if config.initrd is not None:
-            yield from ("-initrd", _proc_path(config.initrd))
+            yield from ("-initrd", proc_path(config.initrd))
 
     async def spawn(self, launch: Launch) -> QemuVmm:
         """Start QEMU, with the virtual CPUs stopped; returns as soon as the process exists.
@@ -170,15 +168,11 @@ class QemuDriver:
         """
         self.validate(launch.config)
         path = launch.directory / "control"
-        if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
-            raise StartFailedError(
-                f"the path of the control socket is longer than {_SOCKET_PATH_LIMIT} bytes; use a shorter "
-                f"state directory than {launch.directory.parent}"
-            )
+        check_socket_path(path)
         async with AsyncExitStack() as undo:
             with ExitStack() as stack:
                 try:
-                    config = _read_only(launch.config, stack)
+                    config = read_only(launch.config, stack)
                     listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                     listener.bind(os.fspath(path))
                     undo.callback(remove_socket, path)
@@ -193,44 +187,16 @@ class QemuDriver:
                         stderr=launch.channels.stderr,
                     )
                 except OSError as error:
-                    raise StartFailedError(f"cannot start QEMU: {error}{_hint(error)}") from error
+                    raise StartFailedError(f"cannot start QEMU: {error}{hint(error)}") from error
             undo.pop_all()
         memory = (config.memory_mib or DEFAULT_MEMORY_MIB) * _MIB
         freeze = isinstance(launch.vsock, VhostUserVsock)
         return QemuVmm(process, stream, memory=memory, socket_path=path, freeze=freeze)
 
 
-def _read_only(config: RawConfig, stack: ExitStack) -> RawConfig:
-    """Give each read-only disk a descriptor that is read-only, too; QEMU would not take another."""
-    disks = []
-    for disk in config.disks:
-        fd = disk.image
-        if (
-            fd is not None
-            and not disk.writable
-            and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        ):
-            fd = os.open(_proc_path(fd), os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
-        disks.append(DiskImage(fd, disk.writable, disk.partitions))
-    return replace(config, disks=tuple(disks))
-
-
-def _hint(error: OSError) -> str:
-    if error.errno in {errno.EMFILE, errno.ENFILE}:
-        return "; raise this process's limit of open files (ulimit -n, LimitNOFILE=)"
-    if error.errno in {errno.EAGAIN, errno.ENOMEM}:
-        return "; the limit of processes or memory is reached: stop some, or raise it (ulimit -u, TasksMax=)"
-    return ""
-
-
 def _control(directory: Path, control: int | None) -> str:
     where = f"fd={control}" if control is not None else f"path={qemu_value(str(directory / 'control'))}"
     return f"socket,id=control,{where},server=on,wait=off"
-
-
-def _proc_path(fd: int) -> str:
-    return f"/proc/self/fd/{fd}"
 
 
 def _serial(launch: Launch, sets: FdSets) -> Iterable[str]:

@@ -22,6 +22,7 @@ from vmactor.errors import DeadlineExceededError, IllegalArgumentError, VmmError
 from vmactor.messages import BalloonStats, DeathReason
 from vmactor.process import ExitStatus, Process
 from vmactor.vmm.driver import VmmExit
+from vmactor.vmm.handover import remove_socket
 from vmactor.vmm.qmp import Json, QmpClient
 
 START_TIMEOUT: Final = 30.0
@@ -323,9 +324,3 @@ def _reported(stats: Json, name: str) -> int | None:
     """A figure in bytes; None if the guest left it out, for which QEMU gives -1, also as a huge number."""
     value = stats.get(name)
     return value if type(value) is int and 0 <= value < 1 << 62 else None
-
-
-def remove_socket(path: Path) -> None:
-    """Remove a control socket; QEMU may have done so itself."""
-    with suppress(FileNotFoundError):
-        path.unlink()

@@ -1,0 +1,74 @@
+"""What all drivers do to hand files to a VMM and to have a control socket with it."""
+
+import errno
+import fcntl
+import os
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from vmactor.config import DiskImage, RawConfig
+from vmactor.errors import StartFailedError
+
+SOCKET_PATH_LIMIT: Final = 107
+"""Longest path of a unix socket, in bytes."""
+
+
+def proc_path(fd: int) -> str:
+    """The name by which a process can refer to a descriptor that it inherits."""
+    return f"/proc/self/fd/{fd}"
+
+
+def reopen(fd: int, stack: ExitStack) -> int:
+    """A read-only descriptor of the same file with an offset of its own; closed by ``stack``.
+
+    Raises:
+        OSError: We may not read the file, or have no descriptor left.
+    """
+    fd = os.open(proc_path(fd), os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def read_only(config: RawConfig, stack: ExitStack) -> RawConfig:
+    """Give each read-only disk a descriptor that is read-only, too.
+
+    Raises:
+        OSError: As ``reopen``.
+    """
+    disks = []
+    for disk in config.disks:
+        fd = disk.image
+        if (
+            fd is not None
+            and not disk.writable
+            and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        ):
+            fd = reopen(fd, stack)
+        disks.append(DiskImage(fd, disk.writable, disk.partitions))
+    return replace(config, disks=tuple(disks))
+
+
+def check_socket_path(path: Path) -> None:
+    """Raises StartFailedError if no unix socket can be there for the length of its path."""
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        raise StartFailedError(
+            f"the path of the control socket is longer than {SOCKET_PATH_LIMIT} bytes; use a shorter "
+            f"state directory than {path.parent.parent}"
+        )
+
+
+def remove_socket(path: Path) -> None:
+    """Remove a control socket; the VMM may have done so itself."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+def hint(error: OSError) -> str:
+    """What to do about a failed start; empty where the error says it all."""
+    if error.errno in {errno.EMFILE, errno.ENFILE}:
+        return "; raise this process's limit of open files (ulimit -n, LimitNOFILE=)"
+    if error.errno in {errno.EAGAIN, errno.ENOMEM}:
+        return "; the limit of processes or memory is reached: stop some, or raise it (ulimit -u, TasksMax=)"
+    return ""
