@@ -1,8 +1,8 @@
 """What this host can do for VMs: found once, quickly, and explained.
 
-``probe`` looks at devices, CPU flags and executables. It changes nothing, asks each executable its version (and
-crosvm for its help) with a deadline, and never raises: what is missing becomes a ``Finding`` that says so and
-how to get it. It blocks for some tens of milliseconds: call it from a worker thread if that matters.
+``probe`` looks at devices, CPU flags and executables. It changes nothing, asks each executable its version
+(and crosvm for its help) with a deadline, and never raises: what is missing becomes a ``Finding`` that says
+so and how to get it. It blocks for some tens of milliseconds: call it from a worker thread if that matters.
 """
 
 import errno
