@@ -134,6 +134,16 @@ class Mailbox(Generic[M]):
     def __len__(self) -> int:
         return len(self._control or ()) + len(self._ordinary or ())
 
+    def details(self) -> dict[str, int]:
+        """What waits here, as a child tells it: ``Supervisor.start(..., details=mailbox.details)``."""
+        return {
+            "ordinary": len(self._ordinary or ()),
+            "capacity": self.capacity,
+            "control": len(self._control or ()),
+            "senders": len(self._senders or ()),
+            "late_replies": self.late_replies,
+        }
+
     # -- Sending ---------------------------------------------------------------------------------
 
     def tell_nowait(self, message: M) -> None:

@@ -43,7 +43,8 @@ class ChildInfo:
         restart: Its restart type.
         restarts: How often its supervisor has started it again.
         uptime: Seconds since it began to serve; None while it does not.
-        last_error: What it failed with last, as text of one line; None if it never did.
+        last_error: What it failed with last, as at most 500 characters; None if it never did. It may quote
+            guests or clients: escape it before a person sees it.
         details: What the actor tells of itself, such as the depth of its mailbox.
         supervisors: Those that it runs, with all that is under them.
     """
@@ -69,7 +70,7 @@ class SupervisorInfo:
         period: Seconds.
         failures: Ends of children that called for a restart, so far; failed attempts to restart included.
         uptime: Seconds since it was entered.
-        last_error: The failure of a child that came last, as text of one line that names the child.
+        last_error: The failure of a child that came last, with the child's name; text of the same kind.
         children: In the order of their start.
     """
 
