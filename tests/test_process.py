@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -16,7 +18,8 @@ from structlog.testing import capture_logs
 
 import vmactor.process
 from vmactor.errors import IllegalArgumentError
-from vmactor.process import UNKNOWN, ExitStatus, Process
+from vmactor.messages import Requester
+from vmactor.process import LIMITS, UNKNOWN, ExitStatus, Process
 
 pytestmark = pytest.mark.anyio
 
@@ -35,11 +38,11 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", code]
 
 
-async def output_of(args: list[str], *, pass_fds: tuple[int, ...] = ()) -> str:
+async def output_of(args: list[str], **options: Any) -> str:
     """What a process prints before it ends with 0."""
     read_end, write_end = os.pipe()
     try:
-        process = Process.spawn(args, stdout=write_end, pass_fds=pass_fds)
+        process = Process.spawn(args, stdout=write_end, **options)
         assert await process.wait() == ExitStatus(0, None)
         await process.aclose()
         return os.read(read_end, 65536).decode()
@@ -171,6 +174,138 @@ async def test_a_child_gets_only_the_descriptors_it_was_given() -> None:
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+# -- Rights ------------------------------------------------------------------------------------------
+
+
+def status_of(pid: int | str) -> dict[str, str]:
+    """What the kernel says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def limits_of(pid: int) -> dict[str, tuple[str, str]]:
+    """Soft and hard limits of a process."""
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return {line[:26].strip(): (line[26:47].strip(), line[47:68].strip()) for line in lines}
+
+
+async def test_a_child_can_gain_no_rights_and_its_parent_keeps_its_own() -> None:
+    before = status_of("thread-self")
+    process = Process.spawn(SLEEP)
+    status = status_of(process.pid)
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapAmb"], 16) == int(status["CapInh"], 16) == 0
+    limits = limits_of(process.pid)
+    assert limits["Max core file size"] == ("0", "0")
+    assert limits["Max realtime priority"] == ("0", "0")
+    soft, hard = limits["Max open files"]
+    assert soft == hard
+    assert int(hard) <= 4096
+    after = status_of("thread-self")
+    same = ("NoNewPrivs", "CapInh", "CapAmb", "CapPrm", "CapEff", "Uid", "Gid", "Groups")
+    assert [after[name] for name in same] == [before[name] for name in same]
+    await process.aclose()
+
+
+AMBIENT = """
+import ctypes, os, subprocess, sys
+libc = ctypes.CDLL(None)
+CHOWN = 0
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(header, sets) == 0
+sets[2] |= 1 << CHOWN
+assert libc.capset(header, sets) == 0
+assert libc.prctl(47, 2, CHOWN, 0, 0) == 0  # PR_CAP_AMBIENT_RAISE
+print(open("/proc/thread-self/status").read().split("CapAmb:")[1].split()[0])
+from vmactor.process import Process
+process = Process.spawn(["grep", "-E", "Cap(Amb|Inh)", "/proc/self/status"], stdout=1)
+os.waitpid(process.pid, 0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to hand on")
+async def test_capabilities_that_a_program_hands_to_its_children_are_not_handed_to_ours() -> None:
+    out = await output_of([sys.executable, "-c", AMBIENT], cwd=Path(__file__).parent.parent)
+    assert [int(word, 16) for word in out.split() if not word.endswith(":")] == [1, 0, 0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run processes for others")
+async def test_a_child_for_another_user_has_that_users_rights_and_nothing_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SECRET", "s3cret")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    inner.chmod(0o755)  # in a directory that the user cannot reach
+    read_end, write_end = os.pipe()
+    process = Process.spawn(
+        ["sh", "-c", "pwd; env; touch x; echo done; exec sleep 600"],
+        stdout=write_end,
+        stderr=write_end,
+        cwd=inner,
+        env={"VMACTOR_VM": "t"},
+        requester=Requester(4242, 4343, (4344, 4345)),
+    )
+    os.close(write_end)
+    text = b""
+    while b"done" not in text:
+        text += os.read(read_end, 4096)
+    status = status_of(process.pid)
+    assert (status["Uid"], status["Gid"]) == ("\t".join(["4242"] * 4), "\t".join(["4343"] * 4))
+    assert status["Groups"] == "4344 4345"
+    assert status["NoNewPrivs"] == "1"
+    assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Amb")} == {0}
+    assert limits_of(process.pid)["Max core file size"] == ("0", "0")
+    assert limits_of(process.pid)["Max open files"][1] == str(LIMITS["nofile"])
+    assert os.getsid(process.pid) == process.pid
+    assert b"s3cret" not in text
+    assert b"VMACTOR_VM=t" in text
+    assert not (inner / "x").exists(), "it may not write where its user may not"
+    await process.aclose()
+    os.close(read_end)
+
+
+async def test_naming_oneself_as_the_requester_changes_nothing() -> None:
+    me = Requester(os.geteuid(), os.getegid(), tuple(os.getgroups()))
+    process = Process.spawn(SLEEP, requester=me)
+    assert status_of(process.pid)["Name"] == "sleep", "it was executed at once"
+    await process.aclose()
+
+
+async def test_a_missing_program_is_told_at_once_for_another_user_too() -> None:
+    with pytest.raises(FileNotFoundError, match="/nonexistent/vmm"):
+        Process.spawn(["/nonexistent/vmm"], requester=Requester(4242, 4242))
+
+
+@pytest.mark.parametrize("number", [-1, 2**32 - 1, True, "0"])
+def test_what_cannot_be_a_user_is_refused(number: Any) -> None:
+    with pytest.raises(IllegalArgumentError, match="a user or group is a number"):
+        Requester(number, 0)
+
+
+async def test_without_a_thread_to_spare_nothing_is_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(BlockingIOError):
+            Process.spawn(SLEEP)
+
+
+async def test_a_child_whose_limits_cannot_be_set_does_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = []
+
+    def refuse(pid: int, *_: object) -> None:
+        pids.append(pid)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(resource, "prlimit", refuse)
+    with pytest.raises(PermissionError):
+        Process.spawn(SLEEP)
+    assert not Path(f"/proc/{pids[0]}").exists()
 
 
 async def test_children_cost_no_thread() -> None:

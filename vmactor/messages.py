@@ -430,6 +430,26 @@ class BalloonStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Requester:
+    """A user on whose behalf a VM runs: its VMM and its helpers have these rights and no others.
+
+    Attributes:
+        uid: The user.
+        gid: Its primary group.
+        groups: Its other groups.
+    """
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = (self.uid, self.gid, *self.groups)
+        if not all(type(number) is int and 0 <= number < 2**32 - 1 for number in numbers):
+            raise IllegalArgumentError(f"a user or group is a number of 0 to {2**32 - 2}: {self}")
+
+
+@dataclass(frozen=True, slots=True)
 class VirtualMachineDebugInfo:
     """The reference's debug record of a VM."""
 

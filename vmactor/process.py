@@ -13,28 +13,47 @@ What it promises:
   the status is unknown. Nothing hangs.
 - A child has a session of its own: crosvm may kill its whole process group, which must not contain us. No
   parent-death signal is used: the kernel binds it to the spawning thread.
+- A child has its user's rights and can never gain others: ``no_new_privs`` is set, the ambient and the
+  inheritable capabilities are empty, and ``LIMITS`` hold (``_call_restricted`` says how).
 
 ``Process`` belongs to no task. Any number of tasks may wait; the first of them watches the pidfd, the others
 wait for it, and if it is cancelled one of the others takes over.
 """
 
+import ctypes
+import errno
+import functools
 import os
+import resource
+import shutil
 import signal
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import anyio
 import anyio.lowlevel
 
 from vmactor.errors import IllegalArgumentError
 from vmactor.log import get_logger
+from vmactor.messages import Requester
 
 REAP_SECONDS: Final = 10.0
 """How long ``aclose`` waits for a killed process. Only one stuck inside the kernel takes longer."""
+
+LIMITS: Final = {"core": 0, "nofile": 4096, "rtprio": 0}
+"""What a child may have of what it could take from others, soft and hard, and never more than we have.
+
+No core dump, because a guest's memory would be in it. 4,096 descriptors: a QEMU has less than a hundred, but
+the vsock helper needs one for each connection that its guest opens. No real-time priority: a virtual CPU that
+has it can stall a CPU of the host. Memory and processes are not limited here, since the kernel's limits for
+these do not count what matters (a VMM's address space is far larger than what it uses, and processes are
+counted by user).
+"""
 
 _REAP_RETRY_SECONDS: Final = 0.01
 
@@ -96,11 +115,12 @@ class Process:
         stderr: int | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        requester: Requester | None = None,
     ) -> Self:
-        """Start a process in a session of its own.
+        """Start a process in a session of its own, with restricted rights.
 
-        Synchronous on purpose: ``vfork`` takes about a millisecond, and without an await in it a spawn cannot
-        be cancelled half-way, which would leave a child that nobody knows.
+        Synchronous on purpose: it takes about a millisecond, and without an await in it a spawn cannot be
+        cancelled half-way, which would leave a child that nobody knows.
 
         Args:
             args: The executable and its arguments; no shell.
@@ -108,33 +128,46 @@ class Process:
             stdin: A descriptor, or None for ``/dev/null``. It stays the caller's; so do the next two.
             stdout: The same.
             stderr: The same.
-            env: The environment, or None for the caller's.
-            cwd: The working directory, or None for the caller's.
+            env: Variables that the child gets on top of its environment.
+            cwd: The working directory, or None for the caller's. It need not be reachable for ``requester``.
+            requester: Whose rights the child has; None, and the caller itself, for the caller's. For another
+                user, which takes root, the child begins as util-linux's ``setpriv``, the environment is not
+                passed on, and what keeps the program from being executed is told by the exit status only.
 
         Raises:
             OSError: Not executable, no such file, or a limit (descriptors, processes). No child is left.
             IllegalArgumentError: An argument or variable that no process can get (it has a NUL byte, say).
         """
         names = tuple(os.fspath(arg) for arg in args)
-        try:
-            popen = subprocess.Popen(
-                names,
+        other = requester is not None and not _is_caller(requester)
+        command = _as_other(requester, names) if requester is not None and other else names
+
+        def start() -> "subprocess.Popen[bytes]":
+            return subprocess.Popen(
+                command,
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
                 stdout=subprocess.DEVNULL if stdout is None else stdout,
                 stderr=subprocess.DEVNULL if stderr is None else stderr,
                 close_fds=True,
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
-                env=env,
+                env={**(_OTHERS_ENVIRONMENT if other else os.environ), **(env or {})},
                 cwd=cwd,
             )
+
+        try:
+            popen = start() if other else _call_restricted(start)
         except ValueError as error:
             raise IllegalArgumentError(f"Cannot run {names[0]!r}: {error}; correct the arguments") from error
         try:
-            pidfd = os.pidfd_open(popen.pid)
-        except ProcessLookupError:
-            pidfd = None  # ended already, and somebody else (or an ignored SIGCHLD) reaped it
+            pidfd = None
+            with suppress(ProcessLookupError):  # ended already, and somebody else reaped it
+                pidfd = os.pidfd_open(popen.pid)
+                if not other:
+                    _limit(popen.pid)
         except OSError:
+            if pidfd is not None:
+                os.close(pidfd)
             popen.kill()  # by number, which is safe as long as we have not reaped it
             popen.wait()
             raise
@@ -240,3 +273,103 @@ def _start_time(pid: int) -> int | None:
         return None
     # The second field is the name in parentheses, which may hold spaces and parentheses itself.
     return int(stat.rpartition(b")")[2].split()[22 - 3])
+
+
+# -- Rights ----------------------------------------------------------------------------------------
+
+_OTHERS_ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C.UTF-8"}
+"""What the process of another user gets of the environment: nothing of ours, which may hold secrets."""
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_INHERITABLE: Final = (2, 5)
+"""Where the inheritable sets stand in the six words of the kernel's ``struct __user_cap_data_struct[2]``."""
+
+
+def _is_caller(requester: Requester) -> bool:
+    """Whether these are the rights that this process has anyhow."""
+    groups, ours = {*requester.groups, requester.gid}, {*os.getgroups(), os.getegid()}
+    return (requester.uid, requester.gid, groups) == (os.geteuid(), os.getegid(), ours)
+
+
+def _call_restricted(start: "Callable[[], subprocess.Popen[bytes]]") -> "subprocess.Popen[bytes]":
+    """Call ``start`` in a thread of its own, whose rights, and so its child's, are restricted for good.
+
+    Credentials and ``no_new_privs`` belong to a thread and are inherited from the one that forks. Nothing of
+    the embedding program changes, and ``vfork`` can be used. Errors come out as they are.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _restrict_thread()
+            started.append(start())
+        except BaseException as error:  # handed to the caller
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="vmactor spawn")
+    try:
+        thread.start()
+    except RuntimeError as error:  # what Python makes of EAGAIN
+        raise BlockingIOError(errno.EAGAIN, "no thread can be made") from error
+    thread.join()
+    if failed:
+        raise failed[0]
+    return started[0]
+
+
+def _restrict_thread() -> None:
+    """Give up, for this thread, every way to gain rights by executing a program."""
+    libc = _libc()
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    _check(libc.capget(header, sets))
+    for place in _INHERITABLE:
+        sets[place] = 0  # an ambient capability has to be inheritable, so the ambient ones go as well
+    _check(libc.capset(header, sets))
+    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def _limit(pid: int) -> None:
+    """Set the limits of a child that has just begun; a VMM's guest does not run yet."""
+    for name, wanted in LIMITS.items():
+        which = getattr(resource, f"RLIMIT_{name.upper()}")
+        bound = _bound(which, wanted)
+        resource.prlimit(pid, which, (bound, bound))
+
+
+def _as_other(requester: Requester, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The command line that runs ``names`` with the rights of another user.
+
+    Not ``Popen(user=...)``: that copies our page tables (6 ms or more for 200 MB of memory), where this costs
+    two small executions. And the limits of another user's process are not ours to set from outside.
+    """
+    if (found := shutil.which(names[0])) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), names[0])
+    limits = (
+        f"--{name}={_bound(getattr(resource, f'RLIMIT_{name.upper()}'), wanted)}"
+        for name, wanted in LIMITS.items()
+    )
+    groups = ",".join(map(str, requester.groups))
+    return (
+        *("setpriv", f"--reuid={requester.uid}", f"--regid={requester.gid}"),
+        f"--groups={groups}" if groups else "--clear-groups",
+        *("--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--"),
+        *("prlimit", *limits, "--", os.path.abspath(found), *names[1:]),  # noqa: PTH100 - the child may be elsewhere
+    )
+
+
+def _bound(which: int, wanted: int) -> int:
+    hard = resource.getrlimit(which)[1]
+    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+
+
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
