@@ -10,16 +10,24 @@ very descriptor, with the rights that we opened it with; it opens no path of our
 are opened anew first: older builds seek in them, and several VMs may have been given the same open file.
 """
 
+import os
+import re
+import socket
 from collections.abc import Iterable
-from typing import Final
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
 
 from vmactor.config import DiskImage, RawConfig
-from vmactor.errors import UnsupportedOperationError
-from vmactor.host import Crosvm
+from vmactor.config_rules import MAX_PARAMS
+from vmactor.errors import StartFailedError, UnsupportedOperationError
+from vmactor.host import Crosvm, HostFacts
 from vmactor.messages import CpuTopology
+from vmactor.process import Process
 from vmactor.text import crosvm_argument
+from vmactor.vmm.crosvm_vmm import CrosvmVmm
 from vmactor.vmm.driver import KernelVsock, Launch
-from vmactor.vmm.handover import proc_path
+from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket, reopen
 
 PLATFORM_VERSION: Final = "1.0.0"
 DEFAULT_MEMORY_MIB: Final = 256
@@ -29,12 +37,142 @@ VSOCK_QUEUE_SIZE: Final = 256
 guest takes and vhost-device-vsock refuses: it has 1024 at most."""
 
 _CRASH_KERNEL: Final = "crashkernel=17M"
+_ADDED_PARAMS: Final = len(f"panic=-1   {_CRASH_KERNEL}")
+"""What crosvm and this driver may put around ``params`` on the guest's command line, in bytes."""
+_BACKLOG: Final = 128
+"""How many requests may wait for crosvm, as with a socket that it makes itself."""
+_MIB: Final = 1 << 20
 _NO_PARTITIONS: Final = (
     "disks: crosvm is given raw images only so far, not partitions; give one raw image instead"
 )
 
 
-def descriptors(launch: Launch, control: int) -> tuple[int, ...]:
+@dataclass(frozen=True, slots=True)
+class CrosvmDriver:
+    """Runs guests under crosvm, which needs KVM.
+
+    Attributes:
+        facts: What the host can do, and the build of crosvm.
+    """
+
+    name: ClassVar[str] = "crosvm"
+    facts: HostFacts
+
+    @property
+    def platform_version(self) -> str:
+        """The reference's platform version."""
+        return PLATFORM_VERSION
+
+    @property
+    def emulated(self) -> bool:
+        """Whether guests run slowly, that is, nested."""
+        return self.facts.nested
+
+    def validate(self, config: RawConfig) -> None:
+        """Refuse what crosvm, this build of it, or this host cannot do.
+
+        Raises:
+            UnsupportedOperationError: Names the field and what to do.
+        """
+        for finding in (self.facts.crosvm, self.facts.kvm):
+            if not finding.usable:
+                raise UnsupportedOperationError(
+                    f"crosvm cannot run guests: {finding.found}: {finding.advice}"
+                )
+        if config.protected_vm and self.facts.arch != "aarch64":
+            raise UnsupportedOperationError(
+                f"protected_vm: only aarch64 hosts can keep out of a guest's memory, and this is "
+                f"{self.facts.arch}; set it to false"
+            )
+        validate(self.facts.crosvm, config)
+
+    def command_line(self, launch: Launch, control: int | None = None) -> list[str]:
+        """Crosvm's arguments, the executable first. Pure; see the function of this name."""
+        return command_line(self.facts.crosvm, self.facts.arch, self.facts.cpus, launch, control)
+
+    async def spawn(self, launch: Launch) -> CrosvmVmm:
+        """Start crosvm; returns as soon as the process exists.
+
+        Raises:
+            StartFailedError: The process could not be made; nothing is left of it.
+            UnsupportedOperationError: As ``validate`` and ``command_line``.
+        """
+        self.validate(launch.config)
+        return start(self.facts.crosvm, self.facts.arch, self.facts.cpus, launch)
+
+
+def validate(build: Crosvm, config: RawConfig) -> None:
+    """Refuse what a build of crosvm cannot do on any host. Pure.
+
+    Raises:
+        UnsupportedOperationError: Names the field and what to do.
+    """
+    if config.protected_vm and "protected-vm" not in build.options:
+        raise _lacking(build, "run protected VMs (--protected-vm)")
+    if config.task_profiles:
+        raise UnsupportedOperationError(
+            "task_profiles: they exist on Android only; remove them, and use cgroups for what they were to do"
+        )
+    if any(disk.image is None for disk in config.disks):
+        raise UnsupportedOperationError(_NO_PARTITIONS)
+    if config.params and re.search("[^ -~]", config.params):
+        raise UnsupportedOperationError(
+            "params: crosvm takes printable ASCII only on a guest's command line; remove the rest"
+        )
+    if config.params and len(config.params) + _ADDED_PARAMS > MAX_PARAMS:
+        raise UnsupportedOperationError(
+            f"params: crosvm adds to them, so at most {MAX_PARAMS - _ADDED_PARAMS} bytes are left, and they "
+            f"have {len(config.params)}; use fewer"
+        )
+
+
+def start(build: Crosvm, arch: str, cpus: int, launch: Launch) -> CrosvmVmm:
+    """Start a program that takes crosvm's command line.
+
+    The listening socket for control is made and bound here, so it can be connected to from the beginning. Our
+    copy goes as soon as crosvm has its own: as long as ours is open, connecting to a dead crosvm succeeds.
+
+    Raises:
+        StartFailedError: The process could not be made; nothing is left of it.
+        UnsupportedOperationError: The build has no way to do it.
+    """
+    path = launch.directory / "control"
+    check_socket_path(path)
+    memory = (launch.config.memory_mib or DEFAULT_MEMORY_MIB) * _MIB
+    with ExitStack() as undo, ExitStack() as stack:
+        try:
+            config = _own_offsets(read_only(launch.config, stack), stack)
+            launch = replace(launch, config=config)
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            line = command_line(build, arch, cpus, launch, listener.fileno())
+            listener.bind(os.fspath(path))
+            undo.callback(remove_socket, path)
+            listener.listen(_BACKLOG)
+            process = Process.spawn(
+                line, pass_fds=descriptors(launch, listener.fileno()), stderr=launch.channels.stderr
+            )
+        except OSError as error:
+            raise StartFailedError(f"cannot start crosvm: {error}{hint(error)}") from error
+        undo.pop_all()
+    old_names = "suspended" not in build.options  # an option that came two weeks after the new names
+    return CrosvmVmm(process, memory=memory, socket_path=path, old_names=old_names)
+
+
+def _own_offsets(config: RawConfig, stack: ExitStack) -> RawConfig:
+    def own(fd: int | None) -> int | None:
+        if fd is None:
+            return None
+        try:
+            return reopen(fd, stack)
+        except PermissionError:
+            return fd  # a file that was only lent to us; builds of today read it by position
+
+    return replace(
+        config, kernel=own(config.kernel), initrd=own(config.initrd), bootloader=own(config.bootloader)
+    )
+
+
+def descriptors(launch: Launch, control: int | None = None) -> tuple[int, ...]:
     """Every descriptor that crosvm must inherit, each once, in ascending order. Pure."""
     channels = launch.channels
     pipes = (channels.console, channels.failure, channels.log, channels.ramdump)
@@ -42,7 +180,9 @@ def descriptors(launch: Launch, control: int) -> tuple[int, ...]:
     return tuple(sorted(given.union(launch.config.fds())))
 
 
-def command_line(build: Crosvm, arch: str, cpus: int, launch: Launch, control: int) -> list[str]:
+def command_line(
+    build: Crosvm, arch: str, cpus: int, launch: Launch, control: int | None = None
+) -> list[str]:
     """The arguments of a build of crosvm, the executable first. Pure.
 
     Args:
@@ -50,7 +190,8 @@ def command_line(build: Crosvm, arch: str, cpus: int, launch: Launch, control: i
         arch: Machine name of the host.
         cpus: Configured processors of the host.
         launch: What to run.
-        control: Descriptor of a listening ``SOCK_SEQPACKET`` socket.
+        control: Descriptor of a listening ``SOCK_SEQPACKET`` socket; without one crosvm makes it, at the
+            same place.
 
     Raises:
         UnsupportedOperationError: The build has no way to do it; the message names what it lacks.
@@ -88,7 +229,8 @@ def command_line(build: Crosvm, arch: str, cpus: int, launch: Launch, control: i
         arguments += _disk(build, disk)
     if config.kernel is not None:
         arguments.append(proc_path(config.kernel))
-    arguments += ("--socket", proc_path(control))
+    path = str(launch.directory / "control") if control is None else proc_path(control)
+    arguments += ("--socket", crosvm_argument(path))
     if channels.ramdump is not None:
         arguments += ("--params", _CRASH_KERNEL)
     return arguments

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from vmactor.errors import IllegalArgumentError, UnsupportedOperationError
 from vmactor.host import Finding, HostFacts
+from vmactor.vmm.crosvm import CrosvmDriver, takes_vhost_user, takes_vhost_vsock
 from vmactor.vmm.driver import VmmDriver
 from vmactor.vmm.qemu import QemuDriver
 
@@ -40,21 +41,45 @@ def select(name: str, facts: HostFacts) -> Selection:
     if name not in NAMES:
         raise IllegalArgumentError(f"no VMM driver is called {name!r}; there are: {', '.join(NAMES)}")
     if name == "auto":
-        selection = _qemu(facts)
-        return Selection(selection.driver, selection.vsock, (_why_not_crosvm(facts), *selection.reasons))
+        return _auto(facts)
     return _EXPLICIT[name](facts)
 
 
-def _why_not_crosvm(facts: HostFacts) -> str:
-    needs = {"crosvm": facts.crosvm, "KVM": facts.kvm, "vhost-vsock": facts.vhost_vsock}
-    missing = [what for what, finding in needs.items() if not finding.usable]
-    if missing:
-        return f"crosvm was not picked: this host lacks {', '.join(missing)}"
-    return "crosvm was not picked: it would run here, but its driver is not there yet"
+def _auto(facts: HostFacts) -> Selection:
+    try:
+        return _crosvm(facts)
+    except UnsupportedOperationError as error:
+        refusal = str(error)
+    selection = _qemu(facts)
+    return Selection(
+        selection.driver, selection.vsock, (f"crosvm was not picked: {refusal}", *selection.reasons)
+    )
 
 
-def _crosvm(_facts: HostFacts) -> Selection:
-    raise UnsupportedOperationError("the crosvm driver is not there yet; use 'qemu' or 'auto'")
+def _crosvm(facts: HostFacts) -> Selection:
+    for what, finding in (("crosvm cannot be used", facts.crosvm), ("crosvm needs KVM", facts.kvm)):
+        if not finding.usable:
+            raise UnsupportedOperationError(f"{what}: {_says(finding)}")
+    reasons = [f"crosvm was picked, the VMM of the platform: {facts.crosvm.found}"]
+    reasons.append("guests run under KVM" + (", nested, so timeouts are longer" if facts.nested else ""))
+    if "no-balloon" not in facts.crosvm.options:
+        reasons.append("trimming memory has no effect: crosvm was built without its feature 'balloon'")
+    driver = CrosvmDriver(facts)
+    no_kernel, no_helper = _missing_kernel_vsock(facts), facts.vhost_device_vsock
+    if no_kernel is None and takes_vhost_vsock(facts.crosvm):
+        return Selection(driver, "kernel", (*reasons, "vsock goes through the kernel's vhost-vsock"))
+    why = "this build takes no open /dev/vhost-vsock" if no_kernel is None else no_kernel.found
+    if no_helper.usable and takes_vhost_user(facts.crosvm):
+        return Selection(driver, "hybrid", (*reasons, f"vsock goes through {no_helper.found}: {why}"))
+    if no_helper.usable:
+        helped = "this build takes no connected vhost-user socket (it is older than April 2025)"
+    else:
+        helped = _says(no_helper)
+    raise UnsupportedOperationError(f"no vsock for crosvm's guests: {why}; or else: {helped}")
+
+
+def _missing_kernel_vsock(facts: HostFacts) -> Finding | None:
+    return next((finding for finding in (facts.vhost_vsock, facts.af_vsock) if not finding.usable), None)
 
 
 def _simulated(_facts: HostFacts) -> Selection:
@@ -64,7 +89,7 @@ def _simulated(_facts: HostFacts) -> Selection:
 def _qemu(facts: HostFacts) -> Selection:
     if facts.arch != "x86_64":
         raise UnsupportedOperationError(
-            f"QEMU guests need an x86_64 host so far, and this is {facts.arch}; there is no other driver yet"
+            f"QEMU guests need an x86_64 host so far, and this is {facts.arch}; use crosvm there"
         )
     if not facts.qemu.usable:
         raise UnsupportedOperationError(f"QEMU cannot be used: {_says(facts.qemu)}")
@@ -75,11 +100,11 @@ def _qemu(facts: HostFacts) -> Selection:
         reasons.append("guests are emulated for want of KVM, which is slow, so timeouts are longer")
     if not facts.qboot.usable:
         reasons.append("guests boot by QEMU's standard firmware, half a second slower, for want of qboot")
-    if facts.vhost_vsock.usable and facts.af_vsock.usable:
+    missing = _missing_kernel_vsock(facts)
+    if missing is None:
         return Selection(
             QemuDriver(facts), "kernel", (*reasons, "vsock goes through the kernel's vhost-vsock")
         )
-    missing = facts.vhost_vsock if not facts.vhost_vsock.usable else facts.af_vsock
     if facts.vhost_device_vsock.usable:
         reasons.append(f"vsock goes through {facts.vhost_device_vsock.found}: {missing.found}")
         return Selection(QemuDriver(facts), "hybrid", tuple(reasons))
