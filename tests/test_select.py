@@ -1,11 +1,13 @@
 """Which driver and vsock transport are picked on made-up hosts, and what people are told."""
 
+import re
 from typing import Any
 
 import pytest
 
-from tests.host_facts import MISSING, absent, facts, no_crosvm
+from tests.host_facts import HEAD_OPTIONS, MISSING, OPTIONS_2023_02, absent, crosvm, facts, no_crosvm
 from vmactor.errors import IllegalArgumentError, UnsupportedOperationError
+from vmactor.vmm.crosvm import CrosvmDriver
 from vmactor.vmm.qemu import QemuDriver
 from vmactor.vmm.select import select
 
@@ -26,19 +28,73 @@ from vmactor.vmm.select import select
 def test_qemu_is_picked_with_the_best_transport(
     name: str, changes: dict[str, Any], vsock: str, emulated: bool
 ) -> None:
-    selection = select(name, facts(**changes))
+    selection = select(name, facts(**{"crosvm": no_crosvm()} | changes))
     assert isinstance(selection.driver, QemuDriver)
     assert selection.vsock == vsock
     assert selection.driver.emulated is emulated
     assert any("slow" in reason for reason in selection.reasons) is ("kvm" in changes)
 
 
-def test_auto_says_why_crosvm_was_not_picked() -> None:
-    reasons = select("auto", facts()).reasons
-    assert reasons[0] == "crosvm was not picked: it would run here, but its driver is not there yet"
-    reasons = select("auto", facts(crosvm=no_crosvm(), kvm=MISSING)).reasons
-    assert reasons[0] == "crosvm was not picked: this host lacks crosvm, KVM"
-    assert not any("crosvm" in reason for reason in select("qemu", facts()).reasons)
+@pytest.mark.parametrize("name", ["auto", "crosvm"])
+@pytest.mark.parametrize(
+    ("changes", "vsock"),
+    [
+        ({}, "kernel"),
+        ({"nested": True}, "kernel"),
+        ({"arch": "aarch64", "qemu": absent("qemu")}, "kernel"),
+        ({"vhost_device_vsock": absent("helper")}, "kernel"),
+        ({"crosvm": crosvm(OPTIONS_2023_02)}, "kernel"),
+        ({"vhost_vsock": MISSING}, "hybrid"),
+        ({"af_vsock": MISSING}, "hybrid"),
+        ({"crosvm": crosvm(HEAD_OPTIONS - {"vsock", "cid"})}, "hybrid"),
+    ],
+)
+def test_crosvm_is_picked_first_where_it_can_run_guests(
+    name: str, changes: dict[str, Any], vsock: str
+) -> None:
+    selection = select(name, facts(**changes))
+    assert isinstance(selection.driver, CrosvmDriver)
+    assert selection.vsock == vsock
+    assert selection.driver.emulated is ("nested" in changes)
+    assert selection.reasons[0].startswith("crosvm was picked, the VMM of the platform: /usr/bin/crosvm")
+    assert selection.driver.platform_version == "1.0.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crosvm": no_crosvm()}, r"crosvm cannot be used: no crosvm in PATH \(build crosvm\)"),
+        ({"kvm": MISSING}, r"crosvm needs KVM: none here \(get one\)"),
+        (
+            {"vhost_vsock": MISSING, "vhost_device_vsock": absent("helper")},
+            r"no vsock for crosvm's guests: none here; or else: no helper in PATH \(install helper\)",
+        ),
+        (
+            {"vhost_vsock": MISSING, "crosvm": crosvm(OPTIONS_2023_02)},
+            "no vsock for crosvm.s guests: none here; or else: this build takes no connected vhost-user",
+        ),
+        (
+            {"crosvm": crosvm(OPTIONS_2023_02 - {"cid"})},
+            "guests: this build takes no open /dev/vhost-vsock; or else: this build takes no connected",
+        ),
+    ],
+)
+def test_where_crosvm_cannot_run_guests_the_reason_is_named_and_auto_goes_on_to_qemu(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedOperationError, match=message):
+        select("crosvm", facts(**changes))
+    if "vhost_device_vsock" not in changes:  # which QEMU needs too
+        selection = select("auto", facts(**changes))
+        assert isinstance(selection.driver, QemuDriver)
+        assert re.search(f"crosvm was not picked: .*{message}", selection.reasons[0])
+        assert not any("crosvm" in reason for reason in selection.reasons[1:])
+
+
+def test_a_build_without_balloon_is_picked_and_said_so() -> None:
+    build = crosvm(HEAD_OPTIONS - {"no-balloon", "balloon-page-reporting"})
+    reasons = select("auto", facts(crosvm=build)).reasons
+    assert "trimming memory has no effect: crosvm was built without its feature 'balloon'" in reasons
 
 
 @pytest.mark.parametrize("name", ["auto", "qemu"])
@@ -57,10 +113,10 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(
     name: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UnsupportedOperationError, match=message):
-        select(name, facts(**changes))
+        select(name, facts(**{"crosvm": no_crosvm()} | changes))
 
 
-@pytest.mark.parametrize("name", ["crosvm", "simulated"])
+@pytest.mark.parametrize("name", ["simulated"])
 def test_drivers_to_come_are_refused_as_not_there_yet(name: str) -> None:
     with pytest.raises(UnsupportedOperationError, match=f"the {name} driver is not there yet"):
         select(name, facts())
