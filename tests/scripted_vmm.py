@@ -18,6 +18,7 @@ from vmactor.actors.vm import VmActor, VmContext
 from vmactor.bus import Bus
 from vmactor.config import RawConfig
 from vmactor.errors import VmmError
+from vmactor.ledger import Spawner
 from vmactor.messages import (
     BalloonStats,
     DeathReason,
@@ -252,7 +253,7 @@ class ScriptedHelper:
         self._sockets = socket.socketpair()
 
     @classmethod
-    def spawn(cls, _executable: Path, _cid: int, _directory: Path) -> Self:
+    def spawn(cls, _executable: Path, _cid: int, _directory: Path, _spawner: Spawner) -> Self:
         return cls()
 
     @property

@@ -31,7 +31,7 @@ BIG = bytes(range(256)) * 32768
 def guest(state_dir: Path, behave: Callable[[socket.socket], None], **record: object) -> Iterator[None]:
     """A VM's record, and a helper that lets one connection through to a guest that behaves so."""
     with StateDirectory(state_dir) as state, socket.socket(socket.AF_UNIX) as listener:
-        directory = state.make_vm_directory(CID)
+        directory, _ = state.make_vm_directory(CID)
         state.write_record(CID, {"cid": CID, "name": "web-3", "vsock": "hybrid"} | record)
         listener.bind(str(directory / "vsock"))
         listener.listen()

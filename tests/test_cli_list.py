@@ -82,7 +82,7 @@ def write_two_records(state: StateDirectory) -> tuple[int, int]:
     for cid in (held, held + 1):
         state.make_vm_directory(cid)
         state.write_record(cid, RECORD | {"cid": cid, "name": f"vm-{cid}", "created": None})
-    (state.make_vm_directory(held + 2) / "record.json").write_text("damaged")
+    (state.make_vm_directory(held + 2)[0] / "record.json").write_text("damaged")
     return held, held + 1
 
 

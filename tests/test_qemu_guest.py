@@ -71,7 +71,8 @@ async def guest(directory: Path, config: RawConfig, cid: int = 3000) -> AsyncIte
         helper = VhostDeviceVsock.spawn(helper_path, cid, directory)
         stack.push_async_callback(helper.aclose)
         with ExitStack() as ends:
-            drains, pipes = {}, {}
+            drains: dict[str, Drain] = {}
+            pipes: dict[str, Any] = {}
             for role in ("console", "failure", "log", "ramdump", "stderr"):
                 read, write = os.pipe()
                 stack.callback(os.close, read)

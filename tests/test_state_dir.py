@@ -44,7 +44,7 @@ def test_it_is_made_for_its_user_alone(tmp_path: Path) -> None:
     umask = os.umask(0)
     try:
         with StateDirectory(path) as state:
-            directory = state.make_vm_directory(FIRST)
+            directory, _ = state.make_vm_directory(FIRST)
     finally:
         os.umask(umask)
     assert [mode(made) for made in (path, path / "vm", directory)] == [0o700] * 3
@@ -108,7 +108,7 @@ def test_the_longest_path_allowed_has_room_for_every_socket_and_a_longer_one_is_
     room = SUN_PATH - len(f"/{LONGEST_SOCKET}")
     path = short_dir / ("x" * (room - len(str(short_dir)) - 1))
     with StateDirectory(path) as state, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(state.make_vm_directory(LAST) / f"vsock_{2**32 - 1}"))
+        listener.bind(str(state.make_vm_directory(LAST)[0] / f"vsock_{2**32 - 1}"))
     with pytest.raises(IllegalArgumentError, match=f"too long: at most {room} bytes"):
         StateDirectory(path.with_name(path.name + "x"))
     assert [made.name for made in short_dir.iterdir()] == [path.name]
@@ -129,7 +129,7 @@ def test_removing_a_vm_directory_removes_all_in_it_and_follows_no_link(tmp_path:
     treasure.mkdir()
     (treasure / "gold").touch()
     with StateDirectory(tmp_path / "state") as state:
-        directory = state.make_vm_directory(FIRST)
+        directory, _ = state.make_vm_directory(FIRST)
         (directory / "link").symlink_to(treasure)
         (directory / "deep" / "er").mkdir(parents=True)
         state.remove_vm_directory(FIRST)
@@ -220,7 +220,7 @@ def test_a_damaged_record_is_left_out_and_hides_no_other(tmp_path: Path, damage:
     with StateDirectory(tmp_path) as state:
         state.make_vm_directory(FIRST + 1)
         state.write_record(FIRST + 1, {"cid": FIRST + 1})
-        DAMAGE[damage](state.make_vm_directory(FIRST) / "record.json")
+        DAMAGE[damage](state.make_vm_directory(FIRST)[0] / "record.json")
         assert [record["cid"] for record in state.records()] == [FIRST + 1]
 
 

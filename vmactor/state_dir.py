@@ -14,6 +14,7 @@ Nobody but the user (and root) can get in. A VM's own processes run as that user
 care: not through links, nothing but a plain file, no more than ``RECORD_SIZE`` bytes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -22,8 +23,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
+from vmactor import ledger
 from vmactor.cid import FIRST, LAST, CidPool
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, SecurityError
+from vmactor.ledger import Ledger
 from vmactor.log import get_logger
 
 SUN_PATH: Final = 107
@@ -92,25 +95,41 @@ class StateDirectory:
         """A VM's private directory, made or not."""
         return self.path / "vm" / str(cid)
 
-    def make_vm_directory(self, cid: int) -> Path:
-        """Make a VM's private directory; it must not exist.
+    def make_vm_directory(self, cid: int) -> tuple[Path, Ledger]:
+        """Make a VM's private directory, which must not exist, and begin its ledger.
 
         Raises:
-            ResourceExhaustedError: No space, or no right to.
+            ResourceExhaustedError: No space, no descriptor, or no right to; nothing is left.
         """
         path = self.vm_directory(cid)
         try:
             path.mkdir(mode=0o700)
+            try:
+                return path, Ledger.create(path, cid)
+            except OSError:
+                self.remove_vm_directory(cid)
+                raise
         except OSError as error:
-            raise ResourceExhaustedError(f"cannot make the VM's directory {path}: {error}") from error
-        return path
+            hint = "; raise 'ulimit -n'" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
+            text = f"cannot make the VM's directory {path}: {error}{hint}"
+            raise ResourceExhaustedError(text) from error
 
-    def remove_vm_directory(self, cid: int) -> None:
-        """Remove a VM's directory and all in it. Never raises; what could not be removed is logged."""
+    def remove_vm_directory(self, cid: int) -> bool:
+        """Remove a VM's directory and all in it; whether it is gone. Never raises.
+
+        The ledger goes last: whoever comes after a crash in the middle of it must still know the VM.
+        """
         path = self.vm_directory(cid)
-        shutil.rmtree(path, ignore_errors=True)
-        if not self._is_free(cid):
+        with suppress(OSError):
+            if stat.S_ISDIR(path.lstat().st_mode):
+                for name in _names(path):  # none if there is no descriptor for it: then only the ledger goes
+                    if name != ledger.NAME:
+                        _remove(path / name)
+                (path / ledger.NAME).unlink(missing_ok=True)
+                path.rmdir()
+        if not (gone := self._is_free(cid)):
             log.error("cannot remove a VM's directory; its CID is not used again", cid=cid, path=str(path))
+        return gone
 
     def write_record(self, cid: int, record: dict[str, Any]) -> None:
         """Replace a VM's record in one step; readers see the old or the new one.
@@ -151,6 +170,13 @@ def _names(path: Path) -> list[str]:
         return [entry.name for entry in path.iterdir()]
     except OSError:  # somebody removed it: there is nothing in it
         return []
+
+
+def _remove(path: Path) -> None:
+    if stat.S_ISDIR(path.lstat().st_mode):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import anyio
 
 from vmactor.console import Drain
 from vmactor.errors import DeadlineExceededError, VsockError
+from vmactor.ledger import Spawner
 from vmactor.process import ExitStatus, Process
 from vmactor.vsock import check_socket_path
 
@@ -22,6 +23,7 @@ READY_SECONDS: Final = 5.0
 """How long the helper may take until it listens."""
 
 _STDERR_TAIL: Final = 4096
+_PLAIN: Final = Spawner()
 
 
 class VhostDeviceVsock:
@@ -40,7 +42,7 @@ class VhostDeviceVsock:
         self._stderr = Drain(stderr, sink=None, sink_cap=0, tail=_STDERR_TAIL)
 
     @classmethod
-    def spawn(cls, executable: Path, cid: int, directory: Path) -> Self:
+    def spawn(cls, executable: Path, cid: int, directory: Path, spawner: Spawner = _PLAIN) -> Self:
         """Start a helper; ``connect`` waits until it listens.
 
         Args:
@@ -48,6 +50,7 @@ class VhostDeviceVsock:
             cid: The guest's context identifier.
             directory: Where the sockets ``vsock`` and ``vhost.sock`` go; private (mode 0700), since whoever
                 reaches them can speak for the guest.
+            spawner: Spawns the VM's processes.
 
         Raises:
             IllegalArgumentError: The directory's path is too long for a unix socket.
@@ -58,8 +61,15 @@ class VhostDeviceVsock:
         try:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
             try:
-                sockets = ["--socket", str(vhost_path), "--uds-path", str(uds_path)]
-                process = Process.spawn([executable, "--guest-cid", str(cid), *sockets], stderr=write_end)
+                # Relative, because its user may not be able to reach the directory, only to be in it.
+                sockets = ["--socket", vhost_path.name, "--uds-path", uds_path.name]
+                process = spawner(
+                    "vsock helper",
+                    [executable.absolute(), "--guest-cid", str(cid), *sockets],
+                    stderr=write_end,
+                    cwd=directory,
+                    readers={"stderr": read_end},
+                )
             except BaseException:
                 os.close(read_end)
                 raise

@@ -25,6 +25,7 @@ from vmactor.errors import (
     VmactorError,
     VmmError,
 )
+from vmactor.ledger import Spawner
 from vmactor.log import get_logger
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN, Process
@@ -79,6 +80,7 @@ class RunSpec:
         sinks: Where its output goes.
         vhost_fd: An open vhost-vsock device with the CID claimed, or None for the helper.
         helper: The vhost-device-vsock executable, or None where the kernel does it.
+        spawner: Spawns its processes.
     """
 
     name: str
@@ -89,6 +91,7 @@ class RunSpec:
     sinks: Sinks
     vhost_fd: int | None
     helper: Path | None
+    spawner: Spawner = Spawner()  # noqa: RUF009 - immutable
 
 
 class Run:
@@ -215,8 +218,9 @@ class Run:
             return VmmExit(UNKNOWN, DeathReason.START_FAILED, refused)
 
     async def _start_helper(self, stack: AsyncExitStack) -> None:
-        if self._spec.helper is not None:
-            self._helper = VhostDeviceVsock.spawn(self._spec.helper, self._spec.cid, self._spec.directory)
+        spec = self._spec
+        if spec.helper is not None:
+            self._helper = VhostDeviceVsock.spawn(spec.helper, spec.cid, spec.directory, spec.spawner)
             closing = self._closing("its vsock helper", self._helper.process, self._helper.aclose)
             await stack.enter_async_context(closing)
 
@@ -230,7 +234,9 @@ class Run:
         else:
             assert spec.vhost_fd is not None, "a VM has a vhost device or a helper"  # noqa: S101
             device = KernelVsock(spec.vhost_fd)
-        launch = Launch(spec.name, spec.cid, spec.config, device, pipes.channels, spec.directory)
+        launch = Launch(
+            spec.name, spec.cid, spec.config, device, pipes.channels, spec.directory, spec.spawner
+        )
         vmm = await spec.driver.spawn(launch)
         await stack.enter_async_context(self._closing("its VMM", vmm, vmm.aclose))
         return vmm
@@ -312,7 +318,8 @@ class _Pipes:
         except BaseException:
             self.close()
             raise
-        self.channels = Channels(console, failure, guest_log, ramdump, stderr)
+        readers = dict(zip(("console", "failure", "stderr"), self._reads, strict=False))
+        self.channels = Channels(console, failure, guest_log, ramdump, stderr, readers)
 
     def _pipe(self, sink: int | None, cap: int, tail: int) -> tuple[Drain, int]:
         read, write = os.pipe2(os.O_CLOEXEC)

@@ -9,7 +9,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,9 @@ from vmactor.errors import (
     VmactorError,
 )
 from vmactor.host import HostFacts
+from vmactor.ledger import Spawner
 from vmactor.log import get_logger
+from vmactor.messages import Requester
 from vmactor.state_dir import StateDirectory
 from vmactor.vmm.select import Selection
 from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockListener, VsockTransport
@@ -52,6 +54,7 @@ class Place:
     Attributes:
         cid: The claimed CID.
         directory: The VM's private directory.
+        spawner: Spawns the VM's processes.
         transport: The VM's vsock.
         listener: Listens on port = CID.
         vhost_fd: An open vhost-vsock device with the CID set, where the kernel does it.
@@ -60,6 +63,7 @@ class Place:
 
     cid: int
     directory: Path
+    spawner: Spawner
     transport: VsockTransport
     listener: VsockListener
     vhost_fd: int | None
@@ -89,12 +93,13 @@ class Places:
         self._helper_pid = helper_pid
         self._kept: set[int] = set()  # CIDs whose dead VMs left a living process behind
 
-    async def find(self, claim: ExitStack) -> Place:
+    async def find(self, claim: ExitStack, requester: Requester | None = None) -> Place:
         """Claim a place.
 
         Args:
             claim: Gets what gives the place back: the CID and, should it still be there, the directory. The
                 listener is its user's to close.
+            requester: Whose VM it is; None for this process's user.
 
         Raises:
             UnsupportedOperationError: VMs need vhost-device-vsock here, and there is none.
@@ -107,10 +112,10 @@ class Places:
             with ExitStack() as attempt:
                 cid = await self._state.cids.claim()
                 attempt.callback(self._release, cid)
-                directory = self._state.make_vm_directory(cid)
+                directory, ledger = self._state.make_vm_directory(cid)
                 attempt.callback(self.clear, cid)
                 try:
-                    place = self._listen(cid, directory, helper, attempt)
+                    place = self._listen(cid, directory, Spawner(ledger, requester), helper, attempt)
                 except (VmactorError, OSError) as error:
                     cause = error if isinstance(error, OSError) else error.__cause__
                     if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
@@ -129,23 +134,22 @@ class Places:
 
     def clear(self, cid: int) -> None:
         """Remove a VM's directory, unless it is kept. Never raises."""
-        if cid in self._kept:
-            return
-        with suppress(OSError):  # takes no descriptor, should there be none left; works on an empty one
-            self._state.vm_directory(cid).rmdir()
-        self._state.remove_vm_directory(cid)
+        if cid not in self._kept:
+            self._state.remove_vm_directory(cid)
 
-    def _listen(self, cid: int, directory: Path, helper: Path | None, attempt: ExitStack) -> Place:
+    def _listen(
+        self, cid: int, directory: Path, spawner: Spawner, helper: Path | None, attempt: ExitStack
+    ) -> Place:
         if helper is None:
             vhost_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
             attempt.callback(os.close, vhost_fd)
             # The kernel refuses a CID that any other VM on the host has; ours is claimed from here on.
             fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))
             kernel = KernelVsockTransport(cid)
-            return Place(cid, directory, kernel, kernel.listen(cid), vhost_fd, None)
+            return Place(cid, directory, spawner, kernel, kernel.listen(cid), vhost_fd, None)
         hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
         attempt.callback(hybrid.close)
-        return Place(cid, directory, hybrid, hybrid.listen(cid), None, helper)
+        return Place(cid, directory, spawner, hybrid, hybrid.listen(cid), None, helper)
 
     def _find_helper(self) -> Path | None:
         if self._selection.vsock == "kernel":

@@ -28,6 +28,7 @@ from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
     ResourceExhaustedError,
+    SecurityError,
 )
 from vmactor.host import HostFacts, probe
 from vmactor.log import get_logger
@@ -37,6 +38,7 @@ from vmactor.messages import (
     Gap,
     PayloadState,
     Removed,
+    Requester,
     VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
@@ -142,6 +144,7 @@ class VirtualizationService:
         ramdump: int | None = None,
         hangup_detection: bool = False,
         hangup_timeout: float | None = None,
+        requester: Requester | None = None,
     ) -> VirtualMachine:
         """Create a VM; it does not run yet.
 
@@ -152,6 +155,9 @@ class VirtualizationService:
             ramdump: The same for a crash dump (hvc1, up to 4 GiB).
             hangup_detection: Kill the VM if its payload does not report its start in time.
             hangup_timeout: Seconds for that; default 30, or 300 where the guest is emulated or nested.
+            requester: The user whose rights the VM's processes have; default this process's user. Another
+                one takes root, and that user must be allowed what the VMM needs (``/dev/kvm``, reading the
+                kernel's file).
 
         Returns:
             The handle that keeps the VM alive.
@@ -162,8 +168,11 @@ class VirtualizationService:
             ResourceExhaustedError: No CID, descriptor or space.
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
             IllegalStateError: The service is not open.
+            SecurityError: A requester other than this process's user, and this is not root.
         """
         self._check_open()
+        if requester is not None and requester.uid != os.geteuid() != 0:
+            raise SecurityError("only root can run a VM for another user: leave the requester out")
         driver = self._selection.driver
         self._check(config)
         if hangup_timeout is not None and not hangup_timeout > 0:
@@ -180,9 +189,17 @@ class VirtualizationService:
             if own.disks:
                 await anyio.to_thread.run_sync(own.check_formats)
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
-            place = await self._places.find(claim)
+            place = await self._places.find(claim, requester)
             spec = RunSpec(
-                config.name, place.cid, own, driver, place.directory, sinks, place.vhost_fd, place.helper
+                config.name,
+                place.cid,
+                own,
+                driver,
+                place.directory,
+                sinks,
+                place.vhost_fd,
+                place.helper,
+                place.spawner,
             )
             info = VmInfo(
                 cid=place.cid,
@@ -195,7 +212,7 @@ class VirtualizationService:
                 pid=None,
                 protected=config.protected_vm,
                 directory=str(place.directory),
-                requester_uid=os.getuid(),
+                requester_uid=os.getuid() if requester is None else requester.uid,
                 requester_pid=os.getpid(),
                 created=datetime.now(UTC),
             )

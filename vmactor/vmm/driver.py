@@ -5,13 +5,15 @@ the driver was made with, so it can be tested against the references' tables. ``
 one running process and its control socket. Nothing here knows of actors.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from vmactor.config import RawConfig
+from vmactor.ledger import Spawner
 from vmactor.messages import BalloonStats, DeathReason
-from vmactor.process import ExitStatus
+from vmactor.process import ExitStatus, Process
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Channels:
         log: The guest's log (hvc2).
         ramdump: Crash dump of the guest (hvc1).
         stderr: The VMM's own complaints.
+        readers: The other ends of console, failure and stderr, by these names. The VMM holds them open, so
+            that a crash of its manager neither stops it nor loses what it says.
 
     None means that the output is discarded by the VMM (or, for stderr, goes to ``/dev/null``).
     """
@@ -58,6 +62,7 @@ class Channels:
     log: int | None
     ramdump: int | None
     stderr: int | None
+    readers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,9 @@ class Launch:
         config: What to run; every file in it is an open descriptor.
         vsock: How the guest's vsock device is backed.
         channels: Where serial output goes.
-        directory: The VM's private directory (mode 0700), for a control socket.
+        directory: The VM's private directory (mode 0700), for a control socket. The VMM itself may not be
+            able to reach it: it can be another user's.
+        spawner: Spawns the VM's processes.
     """
 
     name: str
@@ -79,6 +86,23 @@ class Launch:
     vsock: VsockDevice
     channels: Channels
     directory: Path
+    spawner: Spawner = Spawner()  # noqa: RUF009 - immutable
+
+    def spawn(self, args: Sequence[str], pass_fds: Collection[int]) -> Process:
+        """Spawn the VMM, with its requester's rights, noted in the VM's ledger, holding its channels.
+
+        Args:
+            args: Its command line.
+            pass_fds: The descriptors that are named there.
+
+        Raises:
+            OSError: It cannot be spawned, or not be noted.
+            IllegalArgumentError: An argument that no process can get.
+        """
+        channels = self.channels
+        return self.spawner(
+            "VMM", args, pass_fds=tuple(pass_fds), stderr=channels.stderr, readers=channels.readers
+        )
 
 
 @dataclass(frozen=True, slots=True)

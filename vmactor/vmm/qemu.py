@@ -25,7 +25,6 @@ from vmactor.config import RawConfig
 from vmactor.errors import StartFailedError, UnsupportedOperationError
 from vmactor.host import HostFacts
 from vmactor.messages import CpuTopology
-from vmactor.process import Process
 from vmactor.text import qemu_value
 from vmactor.vmm.driver import KernelVsock, Launch, VhostUserVsock
 from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket
@@ -181,10 +180,8 @@ class QemuDriver:
                     # serves one at a time. Our copy of the listener goes, so a dead QEMU is noticed at once.
                     stream = await undo.enter_async_context(await anyio.connect_unix(path))
                     launch = replace(launch, config=config)
-                    process = Process.spawn(
-                        self.command_line(launch, listener.fileno()),
-                        pass_fds=descriptors(launch, listener.fileno()),
-                        stderr=launch.channels.stderr,
+                    process = launch.spawn(
+                        self.command_line(launch, listener.fileno()), descriptors(launch, listener.fileno())
                     )
                 except OSError as error:
                     raise StartFailedError(f"cannot start QEMU: {error}{hint(error)}") from error
