@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest demo test check bench clean
+.PHONY: help setup guest demo test check lab bench clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -28,6 +28,9 @@ check: setup  ## Lint, formatting, types, direction of imports
 
 test: guest check  ## Check, then run every test (one module: ARGS=tests/test_bus.py)
 	@$(BIN)/python -m pytest $(ARGS)
+
+lab: guest  ## Run the tests that need KVM, vhost-vsock and AF_VSOCK, in a guest that has them
+	@$(BIN)/python -m tools.kernel_lab $(ARGS)
 
 bench: guest  ## Measure what the manager adds to a boot
 	@set -e; for name in bench_boot bench_runtime; do $(BIN)/python -m "bench.$$name" $(ARGS); done

@@ -14,6 +14,8 @@ from tests.residue import Residue
 
 REAL = ["asyncio", "asyncio+uvloop", "trio"]
 VIRTUAL = ["asyncio-virtual", "trio-virtual"]
+KERNEL = ["asyncio", "trio"]
+"""What runs in the kernel lab is emulated twice over, so it runs on two loops only."""
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,8 +29,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the loops: real ones, or those with a virtual clock for tests marked so."""
     if "anyio_backend" in metafunc.fixturenames:
-        loops = VIRTUAL if metafunc.definition.get_closest_marker("virtual_time") else REAL
+        marked = metafunc.definition.get_closest_marker
+        loops = VIRTUAL if marked("virtual_time") else KERNEL if marked("kernel") else REAL
         metafunc.parametrize("anyio_backend", loops, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the kernel lab run there and nowhere else: ``make lab``."""
+    if "VMACTOR_KERNEL_LAB" not in os.environ:
+        elsewhere = [item for item in items if item.get_closest_marker("kernel")]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if not item.get_closest_marker("kernel")]
 
 
 @pytest.fixture
