@@ -75,6 +75,7 @@ class ChildTask:
         settled: Set when the child serves, or has ended without.
         ended: Set when it has ended.
         stopping: Whether somebody stops it.
+        stale: Whether a sibling's failure calls for another run in its place.
         since: When it began to serve; None before.
         value: What it gave to ``started()``.
         error: The exception that ended it.
@@ -91,6 +92,7 @@ class ChildTask:
         "settled",
         "since",
         "spec",
+        "stale",
         "stopping",
         "supervisors",
         "value",
@@ -101,6 +103,7 @@ class ChildTask:
         self.settled = anyio.Event()
         self.ended = anyio.Event()
         self.stopping = False
+        self.stale = False
         self.since: float | None = None
         self.value: Any = None
         self.error: Exception | None = None
@@ -224,9 +227,16 @@ class Child:
         self.task = ChildTask(self.spec, self._serves)
         return self.task
 
+    def call_for_restart(self) -> None:
+        """Make it due: no run that has begun by now will do."""
+        self.due = True
+        if self.task is not None:
+            self.task.stale = True
+
     def _serves(self) -> None:
         self.served = True
-        self.due = False
+        if self.task is not None and not self.task.stale:
+            self.due = False
 
     @property
     def state(self) -> ChildState:

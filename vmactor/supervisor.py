@@ -370,8 +370,8 @@ class Supervisor:
     def _comes_back(self, child: Child, task: ChildTask) -> bool:
         """Whether the end of a child's run calls for another run."""
         restart = child.spec.restart
-        if child.due:  # it was stopped, or fell, in the course of a restart of siblings
-            return restart is not Restart.TEMPORARY
+        if child.due:  # it was stopped, or fell, in the course of a restart
+            return restart is not Restart.TEMPORARY and child.served and not child.withdrawn
         if not task.serves or task.stopping or not self._open or self._failure is not None:
             return False
         return restart.applies(failed=task.error is not None)
@@ -396,7 +396,7 @@ class Supervisor:
             "a child ended and is started again", child=child.spec.name, exc_info=error
         )
         for name in self._strategy.affected(tuple(self._children), child.spec.name):
-            self._children[name].due = True
+            self._children[name].call_for_restart()
         restarter = self._restarter(child)
         restarter.retry()
         self._begin(restarter)
