@@ -343,7 +343,6 @@ def test_files_are_found_beside_the_configuration_and_opened_as_they_are_used(
     with load_config(path) as config:
         config.validate()
         config.check_descriptors()
-        config.check_formats()
         assert len(open_descriptors()) == len(before) + 4
         assert config.kernel is not None
         assert os.pread(config.kernel, 100, 0) == b"kernel"

@@ -33,6 +33,7 @@ PROGRAMS: Final = {
     "strip": "binutils",
     "lz4": "lz4",
     "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
 }
 FILES: Final = {
     "libc6-dev": ("/usr/lib/x86_64-linux-gnu/libc.a", "/usr/lib64/libc.a", "/usr/lib/libc.a"),

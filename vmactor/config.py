@@ -2,19 +2,19 @@
 
 Owns nothing by itself: a configuration borrows the descriptors of its caller, who keeps the files open until
 ``create_vm`` has returned. ``duplicate`` makes a copy that owns descriptors of its own; a VM lives on that.
-JSON files are the business of ``config_file``. All is synchronous; only ``check_formats`` reads files.
+JSON files are the business of ``config_file``, what is in a disk's file that of ``images.disks``. All is
+synchronous, and no file is read.
 
 Source: ``VirtualMachineRawConfig`` and the checks of ``createVm``; in the reference's words where it has any.
 """
 
 import errno
 import fcntl
-import mmap
 import os
-import re
 import resource
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol, Self
 
@@ -26,14 +26,15 @@ from vmactor.config_rules import (
     parse_requirement,
 )
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, UnsupportedOperationError
-from vmactor.messages import CpuTopology
+from vmactor.messages import CpuTopology, ImageKind
 from vmactor.platform_version import Version
 from vmactor.text import check_vm_name
 
 MAX_DISKS: Final = 26
 """As many as there are letters in ``/dev/vda`` to ``/dev/vdz``; a VMM driver may take fewer."""
+DISK_FORMATS: Final = (ImageKind.RAW, ImageKind.QCOW2)
+"""What the file of a disk or partition can be."""
 
-_PAGE: Final = 4096
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -41,13 +42,6 @@ _KINDS: Final = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
 }
-# What crosvm's prober looks for, and how to get a raw image out of it.
-_CONTAINERS: Final = (
-    (rb"QFI\xfb", "a QCOW2 image", "convert it with 'qemu-img convert -O raw'"),
-    (rb"composite_disk\x1d", "a composite disk", "give the file that it describes as one raw image"),
-    (rb"\x3a\xff\x26\xed", "an Android sparse image", "convert it with 'simg2img'"),
-    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "compressed with zstd", "decompress it with 'zstd -d'"),
-)
 
 
 class HasFileno(Protocol):
@@ -78,6 +72,13 @@ def _descriptor(what: str, value: Descriptor | None) -> int | None:
     return number
 
 
+def _format(what: str, value: str | None) -> ImageKind | None:
+    if value is None or value in DISK_FORMATS:
+        return None if value is None else ImageKind(value)
+    formats = " or ".join(f'"{kind}"' for kind in DISK_FORMATS)
+    raise IllegalArgumentError(f"{what} must be {formats}, or None, not {value!r:.100}")
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class Partition:
     """A part of a composite disk. Not supported by any driver yet.
@@ -86,16 +87,25 @@ class Partition:
         label: Name of the partition.
         image: Descriptor of its contents.
         writable: Whether the guest may write to it, if the disk is writable too.
+        format: As in ``DiskImage``.
     """
 
     label: str
     image: int
     writable: bool = False
+    format: ImageKind | None = None
 
-    def __init__(self, label: str, image: Descriptor, writable: bool = False) -> None:
+    def __init__(
+        self,
+        label: str,
+        image: Descriptor,
+        writable: bool = False,
+        format: str | None = None,  # noqa: A002
+    ) -> None:
         object.__setattr__(self, "label", label)
         object.__setattr__(self, "image", _descriptor("partition image", image))
         object.__setattr__(self, "writable", writable)
+        object.__setattr__(self, "format", _format("partition format", format))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -103,21 +113,29 @@ class DiskImage:
     """A disk: an image, or partitions.
 
     Attributes:
-        image: Descriptor of a raw image: a regular file or a block device.
+        image: Descriptor of a raw or QCOW2 image: a regular file or a block device.
         writable: Whether the guest may write; the descriptor must then be open for reading and writing.
         partitions: What to put the disk together from, if there is no image.
+        format: ``raw`` or ``qcow2``. Without one, a writable image is raw, and any other is what it begins
+            like; so a writable QCOW2 image has to be declared. A guest could have written its header.
     """
 
     image: int | None
     writable: bool
     partitions: tuple[Partition, ...]
+    format: ImageKind | None
 
     def __init__(
-        self, image: Descriptor | None = None, writable: bool = False, partitions: Iterable[Partition] = ()
+        self,
+        image: Descriptor | None = None,
+        writable: bool = False,
+        partitions: Iterable[Partition] = (),
+        format: str | None = None,  # noqa: A002 - the field's word
     ) -> None:
         object.__setattr__(self, "image", _descriptor("disk image", image))
         object.__setattr__(self, "writable", writable)
         object.__setattr__(self, "partitions", tuple(partitions))
+        object.__setattr__(self, "format", _format("disk format", format))
 
 
 class _File(NamedTuple):
@@ -260,30 +278,6 @@ class RawConfig:
                 continue
             raise IllegalArgumentError(f"{file.field}: descriptor {file.fd} {problem}")
 
-    def check_formats(self) -> None:
-        """Check that no disk image is in a container format, by the first bytes of each.
-
-        Such a file is refused although a VMM would take it: the guest would see the container, not the disk.
-        Blocks as long as the storage does: call it in a thread.
-
-        Raises:
-            UnsupportedOperationError: An image is not raw; the message names the field and what to do.
-            IllegalArgumentError: An image cannot be read.
-        """
-        for file in self._files():
-            if not file.disk:
-                continue
-            with mmap.mmap(-1, _PAGE) as page:  # aligned, as a descriptor with O_DIRECT wants it
-                try:
-                    os.preadv(file.fd, [page], 0)
-                except OSError as error:
-                    raise IllegalArgumentError(f"{file.field}: cannot be read: {error.strerror}") from None
-                for magic, what, remedy in _CONTAINERS:
-                    if re.match(magic, page):
-                        raise UnsupportedOperationError(
-                            f"{file.field}: is {what}, and only raw images are supported so far; {remedy}"
-                        )
-
     # -- Descriptors -------------------------------------------------------------------------------
 
     def _files(self) -> Iterator[_File]:
@@ -327,6 +321,7 @@ class RawConfig:
                 None if disk.image is None else next(left),
                 disk.writable,
                 [replace(part, image=next(left)) for part in disk.partitions],
+                disk.format,
             )
             for disk in self.disks
         )
@@ -360,6 +355,8 @@ def _check_disk(path: str, disk: DiskImage) -> None:
         raise IllegalArgumentError(f"{path}: DiskImage contains both image and partitions.")
     if disk.image is None and not disk.partitions:
         raise IllegalArgumentError(f"{path}: DiskImage didn't contain image or partitions.")
+    if disk.partitions and disk.format is not None:
+        raise IllegalArgumentError(f"{path}: a disk of partitions has no format; give it to the partitions")
     if disk.partitions:
         raise UnsupportedOperationError(
             f"{path}: disks made of partitions are not supported yet; give one raw image instead"
@@ -395,6 +392,24 @@ def _duplicate(file: _File) -> int:
         if error.errno == errno.EBADF:  # closed by another thread since it was checked
             _check_open(file)
         raise no_descriptors(file.field) from error
+
+
+@contextmanager
+def duplicated(what: str, file: Descriptor) -> Iterator[int]:
+    """Lend a duplicate of a descriptor, close-on-exec and above 2, and close it afterwards.
+
+    Raises:
+        IllegalArgumentError: It is no descriptor, or not open; the message begins with ``what``.
+        ResourceExhaustedError: This process may not have more descriptors.
+    """
+    fd = _descriptor(what, file)
+    if fd is None:
+        raise IllegalArgumentError(f"{what} must be an open file or a descriptor, not None")
+    copy = _duplicate(_File(what, fd, writable=False, disk=False))
+    try:
+        yield copy
+    finally:
+        os.close(copy)
 
 
 def _close(fds: list[int]) -> None:

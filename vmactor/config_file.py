@@ -3,7 +3,8 @@
 ``parse_config`` is pure and gives paths; ``load_config`` opens them. Every error names the field it is
 about, as in ``disks[1].image``. Stricter than the reference: a field that nobody knows is an error, and
 fields of later AOSP versions are refused by name where vmactor has nothing for them, since a VM without
-what its file asks for is worse than none. ``cpu_topology`` and ``task_profiles`` are our additions.
+what its file asks for is worse than none. ``cpu_topology``, ``task_profiles`` and ``format`` are our
+additions.
 """
 
 import contextlib
@@ -13,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmactor.config import MAX_DISKS, DiskImage, Partition, RawConfig, check_kind, no_descriptors
+from vmactor.config import (
+    DISK_FORMATS,
+    MAX_DISKS,
+    DiskImage,
+    Partition,
+    RawConfig,
+    check_kind,
+    no_descriptors,
+)
 from vmactor.config_rules import (
     MAX_TASK_PROFILES,
     check_boot,
@@ -23,7 +32,7 @@ from vmactor.config_rules import (
     parse_requirement,
 )
 from vmactor.errors import IllegalArgumentError
-from vmactor.messages import CpuTopology
+from vmactor.messages import CpuTopology, ImageKind
 from vmactor.strict_json import MAX_BYTES, about, flag, list_of, object_of, or_null, read_json, text, wrong
 from vmactor.text import check_vm_name, escape
 
@@ -71,6 +80,7 @@ class PartitionFile:
     label: str
     path: str
     writable: bool = False
+    format: ImageKind | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +90,7 @@ class DiskFile:
     image: str | None = None
     partitions: tuple[PartitionFile, ...] = ()
     writable: bool
+    format: ImageKind | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +169,14 @@ def _topology(value: object, path: str) -> CpuTopology:
     return topology
 
 
+def _format(value: object, path: str) -> ImageKind:
+    if not isinstance(value, str) or value not in DISK_FORMATS:
+        raise wrong(path, " or ".join(f'"{kind}"' for kind in DISK_FORMATS), value)
+    return ImageKind(value)
+
+
 _PARTITION: Final = object_of(
-    PartitionFile, "label path", _LATER, label=_label, path=_file_path, writable=flag
+    PartitionFile, "label path", _LATER, label=_label, path=_file_path, writable=flag, format=or_null(_format)
 )
 _DISK: Final = object_of(
     DiskFile,
@@ -168,6 +185,7 @@ _DISK: Final = object_of(
     image=or_null(_file_path),
     partitions=list_of(_PARTITION, MAX_PARTITIONS),
     writable=flag,
+    format=or_null(_format),
 )
 _CONFIG: Final = object_of(
     VmConfigFile,
@@ -280,8 +298,8 @@ def load_config(path: str | os.PathLike[str], *, name: str | None = None) -> Raw
                     part_file = file(
                         f"{at}.partitions[{j}].path", part.path, writable=part.writable, disk=True
                     )
-                    parts.append(Partition(part.label, part_file, part.writable))
-                disks.append(DiskImage(image, disk.writable, parts))
+                    parts.append(Partition(part.label, part_file, part.writable, part.format))
+                disks.append(DiskImage(image, disk.writable, parts, disk.format))
             # The duplicates are the result; the originals are closed in any case.
             return RawConfig(
                 name=name or config.name or DEFAULT_NAME,

@@ -5,6 +5,7 @@
     VmactorError
      +- IllegalArgumentError          the caller: a value that can never be right
      +- SecurityError                 the caller: not allowed to do this
+     |   +- UnsafeImageError          a disk image that would make a VMM open other files
      +- IllegalStateError             the caller: right call, wrong moment
      |   +- InvalidPayloadTransitionError   the guest: payload states only move forward
      |   +- ActorDiedError            the actor ended before it answered
@@ -15,6 +16,7 @@
      +- ServiceSpecificError          the host, the VMM or we ourselves: carries a number (always -1 so far)
          +- StartFailedError          the VMM did not come up; carries the cause
          +- VmmError                  the VMM refused a request or answered nonsense
+         +- ImageError                an image could not be made, or is broken
          +- VsockError                no such listener in the guest, helper gone, guest not up yet
          +- ResourceExhaustedError    out of CIDs, descriptors, processes, space; names the limit
 
@@ -68,6 +70,10 @@ class SecurityError(VmactorError):
     """The caller may not do this."""
 
     kind = "SECURITY"
+
+
+class UnsafeImageError(SecurityError):
+    """A disk image that a guest may have changed into another format, or that names other files."""
 
 
 class IllegalStateError(VmactorError):
@@ -131,6 +137,10 @@ class StartFailedError(ServiceSpecificError):
 
 class VmmError(ServiceSpecificError):
     """The VMM refused a request, or answered something that is not an answer. The VM lives on."""
+
+
+class ImageError(ServiceSpecificError):
+    """An image, idsig or the like could not be made, or is broken; the message says what to do."""
 
 
 class VsockError(ServiceSpecificError):

@@ -7,7 +7,7 @@ Pure data. Numbers and names are the reference's (Android VirtualizationService,
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import Any, ClassVar, Final
 
 from vmactor.errors import IllegalArgumentError
@@ -29,6 +29,16 @@ class PartitionType(IntEnum):
     RAW = 0
     ANDROID_VM_INSTANCE = 1
     ENCRYPTEDSTORE = 2
+
+
+class ImageKind(StrEnum):
+    """What an image file is, as a VMM's prober would see it."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+    COMPOSITE = "composite"
+    ANDROID_SPARSE = "android-sparse"
+    ZSTD = "zstd"
 
 
 class MemoryTrimLevel(IntEnum):

@@ -118,6 +118,7 @@ class RunEnded:
         console_tail: The end of the console.
         console_dropped: Console bytes not kept.
         survivors: The run's processes that outlived SIGKILL, for people.
+        cause: The error because of which there was no VMM.
     """
 
     generation: int
@@ -129,6 +130,7 @@ class RunEnded:
     console_tail: str = ""
     console_dropped: int = 0
     survivors: str = ""
+    cause: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +481,9 @@ def _start_error(life: Life, run: RunEnded) -> VmactorError:
         return StartFailedError(f"the VM hung up before its VMM ran: {cause}")
     if life.killed:
         return IllegalStateError("the VM was stopped before its VMM ran")
-    return StartFailedError(cause or "the VMM ended before it ran")
+    error = StartFailedError(cause or "the VMM ended before it ran")
+    error.__cause__ = run.cause
+    return error
 
 
 def _stale(life: Life, message: Message, reply: Hashable) -> Step:

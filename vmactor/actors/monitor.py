@@ -25,6 +25,7 @@ from vmactor.errors import (
     VmactorError,
     VmmError,
 )
+from vmactor.images.disks import lock_formats
 from vmactor.ledger import Spawner
 from vmactor.log import get_logger
 from vmactor.messages import DeathReason
@@ -112,6 +113,7 @@ class Run:
         self._killed = False
         self._startup: anyio.CancelScope | None = None
         self._failure: VmmExit | None = None
+        self._cause: Exception | None = None
         self._ended: VmmExit | None = None
         self._pipes: _Pipes | None = None
 
@@ -181,6 +183,7 @@ class Run:
             signal=ended.status.signal,
             detail=ended.detail,
             survivors=" and ".join(self.survivors),
+            cause=self._cause,
         )
         if self._pipes is None:
             return known
@@ -199,8 +202,9 @@ class Run:
                 with anyio.CancelScope() as self._startup:
                     if self._killed:
                         self._startup.cancel()
+                    config = await self._look_at_disks()
                     await self._start_helper(stack)
-                    self.vmm = await self._spawn(stack, pipes)
+                    self.vmm = await self._spawn(stack, pipes, config)
                 if self.vmm is None:
                     stopped = VmmExit(UNKNOWN, DeathReason.KILLED, "stopped before its VMM was spawned")
                     return self._failure or stopped
@@ -214,8 +218,14 @@ class Run:
             if self._ended is not None:
                 log.error("a run was not cleared away in full", vm=self._spec.name, error=str(error))
                 return self._ended
+            self._cause = error
             refused = f"the host refused: {error}" if isinstance(error, OSError) else str(error)
             return VmmExit(UNKNOWN, DeathReason.START_FAILED, refused)
+
+    async def _look_at_disks(self) -> RawConfig:
+        """Before every run: whoever could write to a disk since the last look may have changed its format."""
+        config = self._spec.config
+        return await anyio.to_thread.run_sync(lock_formats, config) if config.disks else config
 
     async def _start_helper(self, stack: AsyncExitStack) -> None:
         spec = self._spec
@@ -224,7 +234,7 @@ class Run:
             closing = self._closing("its vsock helper", self._helper.process, self._helper.aclose)
             await stack.enter_async_context(closing)
 
-    async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes") -> Vmm:
+    async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes", config: RawConfig) -> Vmm:
         spec = self._spec
         device: VsockDevice
         if self._helper is not None:
@@ -234,9 +244,7 @@ class Run:
         else:
             assert spec.vhost_fd is not None, "a VM has a vhost device or a helper"  # noqa: S101
             device = KernelVsock(spec.vhost_fd)
-        launch = Launch(
-            spec.name, spec.cid, spec.config, device, pipes.channels, spec.directory, spec.spawner
-        )
+        launch = Launch(spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner)
         vmm = await spec.driver.spawn(launch)
         await stack.enter_async_context(self._closing("its VMM", vmm, vmm.aclose))
         return vmm

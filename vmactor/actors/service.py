@@ -23,7 +23,7 @@ from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.vm import VmActor, VmContext, info_record
 from vmactor.bus import Bus, Subscription
-from vmactor.config import RawConfig
+from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
@@ -31,11 +31,14 @@ from vmactor.errors import (
     SecurityError,
 )
 from vmactor.host import HostFacts, probe
+from vmactor.images.disks import lock_formats
+from vmactor.images.partition import initialize_writable_partition
 from vmactor.log import get_logger
 from vmactor.messages import (
     Died,
     Event,
     Gap,
+    PartitionType,
     PayloadState,
     Removed,
     Requester,
@@ -48,6 +51,8 @@ from vmactor.state_dir import StateDirectory, default_path
 from vmactor.supervisor import ChildExit, Decision, Supervisor
 from vmactor.vmm.select import Selection, select
 
+WORKERS: Final = 4
+"""How many files are prepared or looked at at the same time, each in a thread."""
 HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
@@ -91,6 +96,7 @@ class VirtualizationService:
         self._facts = facts
         self._actors: dict[int, VmActor] = {}
         self._supervisor = Supervisor("service", self._vm_ended)
+        self._workers = anyio.CapacityLimiter(WORKERS)
         self._open = False
         self._state: StateDirectory
         self._selection: Selection
@@ -165,6 +171,8 @@ class VirtualizationService:
         Raises:
             IllegalArgumentError: The configuration can never work, or needs another platform version.
             UnsupportedOperationError: The VMM cannot do what the configuration asks for.
+            UnsafeImageError: A guest may have changed a disk's format, or a disk names other files.
+            ImageError: A disk is broken, cannot be read, or is not of the format that it was said to be.
             ResourceExhaustedError: No CID, descriptor or space.
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
             IllegalStateError: The service is not open.
@@ -186,14 +194,15 @@ class VirtualizationService:
             owned.callback(own.close)
             # Checked on our duplicates: nobody can exchange these between the check and the use.
             own.check_descriptors()
+            files = own
             if own.disks:
-                await anyio.to_thread.run_sync(own.check_formats)
+                files = await anyio.to_thread.run_sync(lock_formats, own, limiter=self._workers)
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
             place = await self._places.find(claim, requester)
             spec = RunSpec(
                 config.name,
                 place.cid,
-                own,
+                files,
                 driver,
                 place.directory,
                 sinks,
@@ -217,6 +226,34 @@ class VirtualizationService:
                 created=datetime.now(UTC),
             )
             return await self._start_actor(spec, info, place, timeout if hangup_detection else None, owned)
+
+    async def initialize_writable_partition(
+        self, image: Descriptor, size: int, partition_type: PartitionType | int = PartitionType.RAW
+    ) -> int:
+        """Turn a file into an empty QCOW2 image for a guest to write to; see ``images.partition``.
+
+        Work is done in a thread, on a duplicate of the descriptor. It is short and always done to its end,
+        also if the caller is cancelled.
+
+        Args:
+            image: A regular file, open for reading and writing. What is in it is lost.
+            size: Of the guest's disk in bytes, up to 16 TiB; rounded up to a multiple of 4,096.
+            partition_type: What the disk begins with.
+
+        Returns:
+            The size of the guest's disk.
+
+        Raises:
+            IllegalArgumentError: The size is negative, or the descriptor is not open.
+            ImageError: It cannot be done; the file is as it was, or empty.
+            ResourceExhaustedError: No descriptor or no space; the same.
+            IllegalStateError: The service is not open.
+        """
+        self._check_open()
+        with duplicated("partition image", image) as fd:
+            return await anyio.to_thread.run_sync(
+                initialize_writable_partition, fd, size, partition_type, limiter=self._workers
+            )
 
     async def _start_actor(
         self, spec: RunSpec, info: VmInfo, place: Place, hangup_timeout: float | None, owned: ExitStack

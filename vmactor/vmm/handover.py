@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from vmactor.config import DiskImage, RawConfig
+from vmactor.config import RawConfig
 from vmactor.errors import StartFailedError
 
 SOCKET_PATH_LIMIT: Final = 107
@@ -46,7 +46,7 @@ def read_only(config: RawConfig, stack: ExitStack) -> RawConfig:
             and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
         ):
             fd = reopen(fd, stack)
-        disks.append(DiskImage(fd, disk.writable, disk.partitions))
+        disks.append(replace(disk, image=fd))
     return replace(config, disks=tuple(disks))
 
 

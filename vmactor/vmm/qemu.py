@@ -11,6 +11,7 @@ QEMU starts with its virtual CPUs stopped. ``QemuVmm.wait_running`` sets them go
 socket, so no end of a guest, however quick, goes unheard.
 """
 
+import json
 import os
 import socket
 from collections.abc import Iterable
@@ -21,10 +22,10 @@ from typing import ClassVar, Final
 
 import anyio
 
-from vmactor.config import RawConfig
+from vmactor.config import DiskImage, RawConfig
 from vmactor.errors import StartFailedError, UnsupportedOperationError
 from vmactor.host import HostFacts
-from vmactor.messages import CpuTopology
+from vmactor.messages import CpuTopology, ImageKind
 from vmactor.text import qemu_value
 from vmactor.vmm.driver import KernelVsock, Launch, VhostUserVsock
 from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket
@@ -227,12 +228,22 @@ def _disks(config: RawConfig, sets: FdSets) -> Iterable[str]:
             f"driver=file,node-name=file{number},filename={sets.path(disk.image)},"
             f"read-only={mode},auto-read-only=off,discard=unmap",
             "-blockdev",
-            f"driver=raw,node-name=disk{number},file=file{number},read-only={mode},discard=unmap",
+            _format_node(number, disk),
             # A full host disk is the guest's I/O error, as with crosvm. QEMU's default would pause the guest,
             # and nobody would know why.
             "-device",
             f"virtio-blk-pci,drive=disk{number},werror=report,rerror=report",
         )
+
+
+def _format_node(number: int, disk: DiskImage) -> str:
+    """The image's format is what it was locked to; QEMU never judges it by itself."""
+    if disk.format is not ImageKind.QCOW2:
+        mode = "off" if disk.writable else "on"
+        return f"driver=raw,node-name=disk{number},file=file{number},read-only={mode},discard=unmap"
+    # In the other notation nothing says "no backing file", whatever the image's header says by now.
+    node = {"driver": "qcow2", "node-name": f"disk{number}", "file": f"file{number}", "backing": None}
+    return json.dumps(node | {"read-only": not disk.writable, "discard": "unmap"})
 
 
 def _vsock(launch: Launch) -> tuple[str, ...]:
