@@ -34,6 +34,8 @@ PROGRAMS: Final = {
     "lz4": "lz4",
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-img": "qemu-utils",
+    "fsverity": "fsverity",
+    "apksigner": "apksigner",
 }
 FILES: Final = {
     "libc6-dev": ("/usr/lib/x86_64-linux-gnu/libc.a", "/usr/lib64/libc.a", "/usr/lib/libc.a"),

@@ -17,6 +17,7 @@
          +- StartFailedError          the VMM did not come up; carries the cause
          +- VmmError                  the VMM refused a request or answered nonsense
          +- ImageError                an image could not be made, or is broken
+         |   +- ApkError              an APK or idsig is not as it should be; says which check failed
          +- VsockError                no such listener in the guest, helper gone, guest not up yet
          +- ResourceExhaustedError    out of CIDs, descriptors, processes, space; names the limit
 
@@ -141,6 +142,27 @@ class VmmError(ServiceSpecificError):
 
 class ImageError(ServiceSpecificError):
     """An image, idsig or the like could not be made, or is broken; the message says what to do."""
+
+
+class ApkError(ImageError):
+    """An APK or its idsig is not as it should be.
+
+    Attributes:
+        reason: What is wrong, in the reference's words and form where it has some.
+        text: Its first line.
+        causes: The causes below that, the nearest first.
+        advice: What to do; it ends the message.
+    """
+
+    def __init__(self, text: str, *causes: str, advice: str) -> None:
+        chain = "\n    ".join(
+            causes if len(causes) == 1 else [f"{number}: {cause}" for number, cause in enumerate(causes)]
+        )
+        self.text = text
+        self.causes = causes
+        self.advice = advice
+        self.reason = f"{text}\n\nCaused by:\n    {chain}" if causes else text
+        super().__init__(f"{self.reason}; {advice}")
 
 
 class VsockError(ServiceSpecificError):

@@ -25,6 +25,7 @@ import errno
 import functools
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,20 @@ class Process:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+    def close(self) -> None:
+        """``aclose`` for a thread that may block and a process that no task waits for."""
+        with suppress(PermissionError):
+            self.kill()
+        if self._pidfd is None:
+            return
+        ended = select.poll()
+        ended.register(self._pidfd, select.POLLIN)
+        if not ended.poll(REAP_SECONDS * 1000) or not self._reap():
+            _log.error("process survived SIGKILL and is left behind", pid=self.pid, executable=self.args[0])
+            self._status = UNKNOWN
+        os.close(self._pidfd)
+        self._pidfd = None
 
     async def _watch(self) -> None:
         """Return when the status is known."""
