@@ -748,8 +748,8 @@ async def test_the_events_of_a_vm_that_nobody_remembers_end_at_once(short_dir: P
 async def test_messages_over_vsock_can_be_told_while_the_vm_lives(short_dir: Path) -> None:
     bench = Bench(short_dir)
     async with living(bench) as vm:
-        vm.publish_message("host_to_guest", 1000, "hello")
+        await vm.publish_message("host_to_guest", 1000, "hello")
         await vm.aclose()
         with pytest.raises(IllegalStateError):
-            vm.publish_message("host_to_guest", 1000, "hello?")
+            await vm.publish_message("host_to_guest", 1000, "hello?")
     assert bench.kinds() == ["created", "vsock_message", "removed"]

@@ -506,3 +506,30 @@ class VmInfo:
     created: datetime
     started: datetime | None = None
     died: Died | None = field(default=None, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as other processes and ``--json`` see it; without ``died``, which is an event."""
+        row = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        del row["died"]
+        row |= {"state": self.state.name, "payload": self.payload.name}
+        return row | {key: value.isoformat() for key, value in row.items() if isinstance(value, datetime)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(Event):
+    """The present, as the first event of a stream that asked for it; everything after it follows.
+
+    It is of no VM, so its header names none; ``seq`` is that of the last event before it. A VM's state may be
+    ahead of its events: those that tell of it come next.
+
+    Attributes:
+        vms: The VMs that live, of those that the subscriber asked for, by CID.
+    """
+
+    kind = "snapshot"
+    vms: tuple[VmInfo, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form; see ``Event.as_dict``."""
+        # Not super(): a dataclass with slots is another class than the one that this method was written in.
+        return Event.as_dict(self) | {"vms": [vm.as_dict() for vm in self.vms]}

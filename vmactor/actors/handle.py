@@ -201,7 +201,8 @@ class VirtualMachine:
         """
         cid, born = self.cid, self._actor.created_seq
         subscription = self._bus.subscribe(
-            lambda event: event.cid == cid and event.seq >= born,
+            lambda event: event.seq >= born,  # the bus remembers earlier VMs of this CID
+            topics=[cid],
             capacity=capacity,
             late=True,
             until_end=True,
@@ -210,17 +211,21 @@ class VirtualMachine:
             subscription.close()  # nothing will come; what the bus remembered can still be read
         return subscription
 
-    def publish_message(
+    async def publish_message(
         self, direction: Literal["guest_to_host", "host_to_guest"], port: int, text: str
     ) -> None:
         """Let subscribers know of a line that this program and the guest exchanged over vsock.
+
+        The message is published; then this waits for subscribers that asked for it (``Overflow.WAIT``) and
+        have no room, each within its patience.
 
         Raises:
             IllegalStateError: The VM is dead; nothing comes after ``died``.
         """
         if self.state is VirtualMachineState.DEAD:
             raise IllegalStateError(NOT_RUNNING)
-        self._actor.publish(VsockMessage(direction=direction, port=port, text=text))
+        message = VsockMessage(direction=direction, port=port, text=text)
+        await self._actor.publish_and_wait(message)
 
     async def wait(self) -> Died | None:
         """Wait until the VM is dead and nothing of it is left; None if it was never started."""

@@ -7,7 +7,7 @@ directory. It is an async context manager; each VM is a child of its supervisor.
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,6 +24,9 @@ from vmactor.actors.place import Place, Places
 from vmactor.actors.vm import VmActor, VmContext, info_record
 from vmactor.bus import Bus, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
+from vmactor.actors.vm import VmActor, VmContext
+from vmactor.bus import PATIENCE_SECONDS, Bus, Overflow, Subscription
+from vmactor.config import RawConfig
 from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
@@ -42,6 +45,7 @@ from vmactor.messages import (
     PayloadState,
     Removed,
     Requester,
+    Snapshot,
     VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
@@ -88,6 +92,7 @@ class VirtualizationService:
             ends=_stream_ended,
             topic=_cid,
             link=_link,
+            snapshot=self._snapshot,
             history=HISTORY,
             forgotten=_forgotten,
         )
@@ -309,7 +314,7 @@ class VirtualizationService:
         return actor.helper_pid if actor is not None else None
 
     def _record(self, info: VmInfo) -> None:
-        record = info_record(info) | {"vsock": self._selection.vsock}
+        record = info.as_dict() | {"vsock": self._selection.vsock}
         try:
             self._state.write_record(info.cid, record)
         except OSError as error:
@@ -325,13 +330,56 @@ class VirtualizationService:
 
     def subscribe(
         self,
-        wants: Callable[[Event], bool] = lambda _event: True,
+        wants: Callable[[Event], bool] | None = None,
         *,
+        cids: Iterable[int] | None = None,
+        kinds: Iterable[Hashable] | None = None,
         capacity: int = 1024,
+        overflow: Overflow = Overflow.DROP_OLDEST,
+        patience: float = PATIENCE_SECONDS,
         late: bool = False,
+        snapshot: bool = False,
+        after: int | None = None,
     ) -> Subscription[Event]:
-        """Events of all VMs; see ``Bus.subscribe``."""
-        return self.bus.subscribe(wants, capacity=capacity, late=late)
+        """Receive what happens to VMs; use it in a ``with`` block.
+
+        The stream begins with what comes from now on, or with one of ``late``, ``snapshot`` and ``after``.
+
+        Args:
+            wants: Called for every event that passes the other filters; must be quick and publish nothing.
+            cids: Only events of these VMs.
+            kinds: Only events of these classes; a ``Gap`` or ``Snapshot`` comes in any case.
+            capacity: Events that may wait.
+            overflow: What happens when they are more. Only ``VirtualMachine.publish_message`` waits for a
+                subscriber that asks for it; a VM's own life waits for nobody.
+            patience: Seconds for which that waits.
+            late: Begin with how the last VMs ended.
+            snapshot: Begin with a ``Snapshot`` of the VMs that live.
+            after: Begin with what came after the event of this number, as far as the last 4,096 events tell.
+
+        Raises:
+            ValueError: The capacity is below 1, or the stream is to begin in several ways.
+            IllegalArgumentError: There was no event of the number ``after`` yet.
+        """
+        return self.bus.subscribe(
+            wants,
+            topics=cids,
+            kinds=kinds,
+            capacity=capacity,
+            overflow=overflow,
+            patience=patience,
+            late=late,
+            snapshot=snapshot,
+            after=after,
+        )
+
+    def _snapshot(self, seq: int, cids: frozenset[Hashable] | None) -> Snapshot:
+        return Snapshot(
+            seq=seq,
+            time=datetime.now(UTC),
+            monotonic=anyio.current_time(),
+            vms=tuple(info for info in self.list_vms() if cids is None or info.cid in cids),
+        )
 
     def list_vms(self) -> list[VmInfo]:
         """The VMs of this service that live, by CID; reads what their actors published and nothing else."""

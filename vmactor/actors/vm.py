@@ -7,7 +7,7 @@ VMM, channels), the hang-up watch and the control request under way. All of them
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -268,6 +268,17 @@ class VmActor:
 
     def publish(self, event: Event) -> Event:
         """Put an event of this VM on the bus, with who and when filled in; returns it as published."""
+        stamped = self._context.bus.publish(self._headed(event))
+        if isinstance(stamped, Died):
+            self.info = replace(self.info, died=stamped)
+        self._log.info(event.kind, generation=self._life.generation, seq=stamped.seq)
+        return stamped
+
+    async def publish_and_wait(self, event: Event) -> None:
+        """The same for a client, which may be held up by subscribers that ask for it; the VM never is."""
+        await self._context.bus.publish_and_wait(self._headed(event))
+
+    def _headed(self, event: Event) -> Event:
         now = anyio.current_time()
         header: dict[str, Any] = {
             "cid": self._spec.cid,
@@ -279,11 +290,7 @@ class VmActor:
         }
         if isinstance(event, PayloadStarted | Died):
             header["elapsed"] = now - self._started_at
-        stamped = self._context.bus.publish(replace(event, **header))
-        if isinstance(stamped, Died):
-            self.info = replace(self.info, died=stamped)
-        self._log.info(event.kind, generation=self._life.generation, seq=stamped.seq)
-        return stamped
+        return replace(event, **header)
 
     def _refresh(self) -> None:
         life = self._life
@@ -369,12 +376,3 @@ class _ControlRequest:
                 await run.running_vmm().resume()
             case TrimMemory(level):
                 await run.trim(TRIM_PERCENT[level])
-
-
-def info_record(info: VmInfo) -> dict[str, Any]:
-    """A VM's state in JSON-ready form, as other processes and ``--json`` see it."""
-    row = asdict(replace(info, died=None))
-    row |= {"state": info.state.name, "payload": info.payload.name}
-    row |= {key: row[key].isoformat() for key in ("created", "started") if row[key] is not None}
-    del row["died"]
-    return row

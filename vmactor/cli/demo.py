@@ -133,7 +133,7 @@ async def _talk(vm: VirtualMachine, life: Life) -> None:
         steps = _Lines(stream)
         await steps.send(QUESTION)
         answer = _answer(await steps.receive())
-        vm.publish_message("host_to_guest", GUEST_PORT, f"{QUESTION} (answer: {answer})")
+        await vm.publish_message("host_to_guest", GUEST_PORT, f"{QUESTION} (answer: {answer})")
         await life.pending()
 
         await steps.send(f"dial {listener.port} {GREETING}")
@@ -142,7 +142,7 @@ async def _talk(vm: VirtualMachine, life: Life) -> None:
             text = await caller.receive()
             await caller.send(REPLY)
             answer = _answer(await steps.receive())
-        vm.publish_message("guest_to_host", listener.port, f"{text} (answer: {answer})")
+        await vm.publish_message("guest_to_host", listener.port, f"{text} (answer: {answer})")
         await life.pending()
 
         for last in "finished 0", "poweroff":

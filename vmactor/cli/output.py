@@ -26,6 +26,7 @@ from vmactor.messages import (
     PayloadStarted,
     Removed,
     Resumed,
+    Snapshot,
     Started,
     Suspended,
     VsockMessage,
@@ -125,6 +126,8 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
             return f"{event.reason.name} after {event.elapsed:.2f} s", GOOD if _in_order(event) else BAD
         case Removed():
             return "given back; it was never started", ODD
+        case Snapshot():
+            return f"{len(event.vms)} VMs live", PLAIN
         case Gap():
             return f"{event.missed} events were missed here: their reader was too slow", ODD
     return "", PLAIN
