@@ -6,27 +6,24 @@ It is not the simulated VMM (a real process); it stands in where a test must own
 import os
 import socket
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Self
 
 import anyio
 
+from vmactor.actors.event_bus import new_bus
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.vm import VmActor, VmContext
-from vmactor.bus import Bus
 from vmactor.config import RawConfig
 from vmactor.errors import VmmError
 from vmactor.ledger import Spawner
 from vmactor.messages import (
     BalloonStats,
     DeathReason,
-    Died,
     Event,
-    Gap,
     PayloadState,
-    Removed,
     VirtualMachineState,
     VmInfo,
 )
@@ -192,11 +189,7 @@ class Bench:
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.bus: Bus[Event] = Bus(
-            stamp=lambda event, seq: replace(event, seq=seq),
-            gap=lambda last, missed: Gap(missed=missed, seq=last.seq),
-            ends=lambda event: (event.cid, event.generation) if isinstance(event, Died | Removed) else None,
-        )
+        self.bus = new_bus()
         self.events = self.bus.subscribe(capacity=1000)
         self._resources = ExitStack()
         vhost = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)

@@ -28,6 +28,7 @@ from vmactor.messages import (
     PayloadStarted,
     Removed,
     Resumed,
+    Snapshot,
     Started,
     Suspended,
     VsockMessage,
@@ -47,6 +48,7 @@ EVENTS: list[Event] = [
     PayloadError(monotonic=105.5, error_code=ErrorCode.PAYLOAD_CHANGED, message="not as it was"),
     HungUp(monotonic=130.0, timeout=30.0),
     Gap(monotonic=131.0, missed=7),
+    Snapshot(monotonic=132.0),
     Died(monotonic=1234.5, reason=DeathReason.SHUTDOWN, elapsed=1134.5),
     Died(monotonic=1234.5, reason=DeathReason.CRASH, elapsed=1134.5),
     Removed(monotonic=1300.0),
@@ -66,6 +68,7 @@ GOLDEN = """\
     5.500  error             the guest says PAYLOAD_CHANGED: not as it was
    30.000  hung_up           no payload started within 30 s; the VM is being killed
    31.000  gap               7 events were missed here: their reader was too slow
+   32.000  snapshot          0 VMs live
  1134.500  died              SHUTDOWN after 1134.50 s
  1134.500  died              CRASH after 1134.50 s
  1200.000  removed           given back; it was never started

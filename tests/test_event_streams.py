@@ -72,7 +72,7 @@ async def test_json_lines_of_any_stream_prove_that_none_is_missing(
 async def test_a_reader_that_was_cut_off_goes_on_after_the_last_number_it_saw(
     short_dir: Path, config: RawConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmactor.actors.service.HISTORY", 8)
+    monkeypatch.setattr("vmactor.actors.event_bus.HISTORY", 8)
     selection = Selection(ScriptedDriver(), "hybrid", ("a test picked it",))
     service = VirtualizationService(vmm=selection, state_directory=short_dir / "state", facts=FULL)
     async with service:

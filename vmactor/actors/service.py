@@ -9,7 +9,6 @@ import fcntl
 import os
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final, Self
 
 import anyio
 
+from vmactor.actors.event_bus import new_bus
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
@@ -25,7 +25,7 @@ from vmactor.actors.vm import VmActor, VmContext, info_record
 from vmactor.bus import Bus, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.actors.vm import VmActor, VmContext
-from vmactor.bus import PATIENCE_SECONDS, Bus, Overflow, Subscription
+from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
 from vmactor.config import RawConfig
 from vmactor.errors import (
     IllegalArgumentError,
@@ -38,12 +38,10 @@ from vmactor.images.disks import lock_formats
 from vmactor.images.partition import initialize_writable_partition
 from vmactor.log import get_logger
 from vmactor.messages import (
-    Died,
     Event,
     Gap,
     PartitionType,
     PayloadState,
-    Removed,
     Requester,
     Snapshot,
     VirtualMachineDebugInfo,
@@ -60,8 +58,6 @@ WORKERS: Final = 4
 HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
-HISTORY: Final = 4096
-"""How many events are kept for subscribers that were away."""
 VM_SHUTDOWN_SECONDS: Final = 30.0
 
 logger = get_logger()
@@ -86,16 +82,7 @@ class VirtualizationService:
         state_directory: str | os.PathLike[str] | None = None,
         facts: HostFacts | None = None,
     ) -> None:
-        self.bus: Bus[Event] = Bus(
-            stamp=_stamp,
-            gap=_gap,
-            ends=_stream_ended,
-            topic=_cid,
-            link=_link,
-            snapshot=self._snapshot,
-            history=HISTORY,
-            forgotten=_forgotten,
-        )
+        self.bus = new_bus(self._snapshot)
         self._vmm = vmm
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
@@ -407,39 +394,6 @@ class VirtualizationService:
                 f"\trequester_debug_pid: {info.requester_pid}",
             ]
         return "\n".join(lines) + "\n"
-
-
-def _stamp(event: Event, seq: int) -> Event:
-    return replace(event, seq=seq, previous=seq - 1)  # as it is right in a stream of all events
-
-
-def _link(event: Event, previous: int) -> Event:
-    return event if event.previous == previous else replace(event, previous=previous)
-
-
-def _cid(event: Event) -> int:
-    return event.cid
-
-
-def _forgotten(seq: int, missed: int) -> Gap:
-    return Gap(seq=seq, missed=missed)  # of no VM: nobody knows which they were of
-
-
-def _gap(last: Event, missed: int) -> Gap:
-    return Gap(
-        missed=missed,
-        seq=last.seq,
-        cid=last.cid,
-        generation=last.generation,
-        name=last.name,
-        driver=last.driver,
-        time=last.time,
-        monotonic=last.monotonic,
-    )
-
-
-def _stream_ended(event: Event) -> tuple[int, int] | None:
-    return (event.cid, event.generation) if isinstance(event, Died | Removed) else None
 
 
 def _named_sinks(
