@@ -21,12 +21,9 @@ from vmactor.actors.event_bus import new_bus
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
-from vmactor.actors.vm import VmActor, VmContext, info_record
-from vmactor.bus import Bus, Subscription
-from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
-from vmactor.config import RawConfig
+from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
@@ -39,7 +36,6 @@ from vmactor.images.partition import initialize_writable_partition
 from vmactor.log import get_logger
 from vmactor.messages import (
     Event,
-    Gap,
     PartitionType,
     PayloadState,
     Requester,
