@@ -135,11 +135,39 @@ def test_formats_that_no_disk_can_have_are_refused_when_they_are_given(kind: Any
         DiskImage(101, format=kind)
 
 
-def test_disks_made_of_partitions_are_not_supported_yet() -> None:
-    with pytest.raises(
-        UnsupportedOperationError, match=r"disks\[0\]: disks made of partitions .* not supported yet"
-    ):
-        config(disks=[DiskImage(partitions=[Partition("a", 101)])]).validate()
+def parts(*labels: Any) -> list[DiskImage]:
+    return [DiskImage(partitions=[Partition(label, 101) for label in labels])]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b", "a"], 'duplicate GPT partition label "a"'),
+        ([""], "'' is no partition label; use 1 to 36"),
+        (["x" * 37], "is no partition label"),
+        (["\N{GRINNING FACE}" * 19], "is no partition label"),
+        (["a\0b"], "is no partition label"),
+        (["\ud800"], "is no partition label"),
+        ([7], "7 is no partition label"),
+        ([f"p{i}" for i in range(129)], "1 to 128 partitions, not 129"),
+    ],
+)
+def test_labels_of_partitions_are_checked(labels: list[Any], message: str) -> None:
+    with pytest.raises(IllegalArgumentError, match=r"^disks\[0\]: .*" + message):
+        config(disks=parts(*labels)).validate()
+
+
+@pytest.mark.parametrize(
+    "labels", [["x" * 36, "y"], ["\N{GRINNING FACE}" * 18], [f"p{i}" for i in range(128)]]
+)
+def test_labels_up_to_36_utf16_units_and_128_partitions_are_fine(labels: list[str]) -> None:
+    config(disks=parts(*labels)).validate()
+
+
+def test_writable_of_a_partition_is_a_truth_value() -> None:
+    part = Partition("a", 101, "no")  # type: ignore[arg-type]
+    with pytest.raises(IllegalArgumentError, match=r"disks\[0\]: writable of each partition"):
+        config(disks=[DiskImage(partitions=[part])]).validate()
 
 
 def test_an_unknown_cpu_topology_is_refused_when_it_is_given() -> None:

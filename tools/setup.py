@@ -36,6 +36,9 @@ PROGRAMS: Final = {
     "qemu-img": "qemu-utils",
     "fsverity": "fsverity",
     "apksigner": "apksigner",
+    "protoc": "protobuf-compiler",
+    "sfdisk": "fdisk",
+    "sgdisk": "gdisk",
 }
 FILES: Final = {
     "libc6-dev": ("/usr/lib/x86_64-linux-gnu/libc.a", "/usr/lib64/libc.a", "/usr/lib/libc.a"),

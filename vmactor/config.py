@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, Protocol, Self
 
 from vmactor.config_rules import (
     check_boot,
+    check_labels,
     check_memory,
     check_params,
     check_task_profiles,
@@ -28,6 +29,7 @@ from vmactor.config_rules import (
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, UnsupportedOperationError
 from vmactor.messages import CpuTopology, ImageKind
 from vmactor.platform_version import Version
+from vmactor.strict_json import about
 from vmactor.text import check_vm_name
 
 MAX_DISKS: Final = 26
@@ -81,11 +83,11 @@ def _format(what: str, value: str | None) -> ImageKind | None:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Partition:
-    """A part of a composite disk. Not supported by any driver yet.
+    """A part of a composite disk.
 
     Attributes:
-        label: Name of the partition.
-        image: Descriptor of its contents.
+        label: Name of the partition, of 1 to 36 UTF-16 units; no two of a disk have the same.
+        image: Descriptor of its contents. A writable part's size is a multiple of 4,096.
         writable: Whether the guest may write to it, if the disk is writable too.
         format: As in ``DiskImage``.
     """
@@ -224,7 +226,6 @@ class RawConfig:
 
         Raises:
             IllegalArgumentError: A value that can never be right; the message names the field.
-            UnsupportedOperationError: A disk is made of partitions.
         """
         check_vm_name(self.name)
         if self.params is not None:
@@ -358,9 +359,10 @@ def _check_disk(path: str, disk: DiskImage) -> None:
     if disk.partitions and disk.format is not None:
         raise IllegalArgumentError(f"{path}: a disk of partitions has no format; give it to the partitions")
     if disk.partitions:
-        raise UnsupportedOperationError(
-            f"{path}: disks made of partitions are not supported yet; give one raw image instead"
-        )
+        with about(path):
+            check_labels([part.label for part in disk.partitions])
+        if not all(type(part.writable) is bool for part in disk.partitions):
+            raise IllegalArgumentError(f"{path}: writable of each partition must be True or False")
 
 
 # -- Descriptors -------------------------------------------------------------------------------------

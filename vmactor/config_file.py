@@ -24,8 +24,10 @@ from vmactor.config import (
     no_descriptors,
 )
 from vmactor.config_rules import (
+    MAX_PARTITIONS,
     MAX_TASK_PROFILES,
     check_boot,
+    check_label,
     check_memory,
     check_params,
     check_task_profiles,
@@ -36,13 +38,10 @@ from vmactor.messages import CpuTopology, ImageKind
 from vmactor.strict_json import MAX_BYTES, about, flag, list_of, object_of, or_null, read_json, text, wrong
 from vmactor.text import check_vm_name, escape
 
-MAX_PARTITIONS: Final = 128
-"""As many as a partition table of the usual size has room for."""
 DEFAULT_NAME: Final = "VmRun"
 """Name of a VM whose file has none; the reference's command line uses it always."""
 
 _MAX_PATH: Final = 4095
-_MAX_LABEL: Final = 36
 _TOPOLOGIES: Final = {"one_cpu": CpuTopology.ONE_CPU, "match_host": CpuTopology.MATCH_HOST}
 # Fields of later versions of the reference and of its launchers' files, in snake case, by what to do instead.
 _LATER: Final = {
@@ -132,9 +131,8 @@ def _file_path(value: object, path: str) -> str:
 
 
 def _label(value: object, path: str) -> str:
-    if not isinstance(value, str) or not 1 <= len(value) <= _MAX_LABEL or not value.isprintable():
-        raise wrong(path, f"1 to {_MAX_LABEL} printable characters", value)
-    return value
+    with about(path):
+        return check_label(value)
 
 
 def _name(value: object, path: str) -> str:

@@ -1,7 +1,7 @@
 """Rules on single values of a configuration, the same for ``RawConfig`` and for JSON files. Pure."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from vmactor.errors import IllegalArgumentError
@@ -12,6 +12,10 @@ MAX_PARAMS: Final = 2047
 """Longest guest command line in bytes: the kernel's limit on x86-64 and aarch64, less the NUL."""
 MAX_MEMORY_MIB: Final = 2**31 - 1
 MAX_TASK_PROFILES: Final = 32
+MAX_PARTITIONS: Final = 128
+"""As many as a partition table of the usual size has room for."""
+MAX_LABEL: Final = 36
+"""Longest label of a partition, in UTF-16 units: a letter beyond the basic plane has two."""
 
 _TASK_PROFILE: Final = re.compile("[A-Za-z0-9_.-]{1,64}")
 
@@ -47,6 +51,37 @@ def check_task_profiles(profiles: Iterable[object]) -> None:
             raise IllegalArgumentError(
                 f"task_profiles[{i}] must be 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-', and one profile only"
             )
+
+
+def check_label(label: object) -> str:
+    """Return the label if a partition can have it. Raises IllegalArgumentError.
+
+    Stricter than the reference, which cuts what is too long and takes the empty label, too.
+    """
+    if not isinstance(label, str) or not label.isprintable() or not 1 <= _utf16_units(label) <= MAX_LABEL:
+        raise IllegalArgumentError(
+            f"{escape(repr(label), limit=100)} is no partition label; use 1 to {MAX_LABEL} printable "
+            "characters, where those beyond the basic plane (emoji) count twice"
+        )
+    return label
+
+
+def _utf16_units(text: str) -> int:
+    return len(text) + sum(char > "\uffff" for char in text)
+
+
+def check_labels(labels: Sequence[object]) -> None:
+    """Check the labels of a disk's partitions, and how many there are. Raises IllegalArgumentError."""
+    if not 1 <= len(labels) <= MAX_PARTITIONS:
+        raise IllegalArgumentError(
+            f"a disk has 1 to {MAX_PARTITIONS} partitions, not {len(labels)}; use more disks"
+        )
+    seen: set[str] = set()
+    for value in labels:
+        label = check_label(value)
+        if label in seen:
+            raise IllegalArgumentError(f'duplicate GPT partition label "{escape(label)}"; rename one of them')
+        seen.add(label)
 
 
 def check_boot(*, kernel: object, initrd: object, bootloader: object) -> None:

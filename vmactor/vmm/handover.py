@@ -32,21 +32,25 @@ def reopen(fd: int, stack: ExitStack) -> int:
 
 
 def read_only(config: RawConfig, stack: ExitStack) -> RawConfig:
-    """Give each read-only disk a descriptor that is read-only, too.
+    """Give each read-only disk and partition a descriptor that is read-only, too.
 
     Raises:
         OSError: As ``reopen``.
     """
+
+    def fitting(fd: int, *, writable: bool) -> int:
+        if writable or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            return fd
+        return reopen(fd, stack)
+
     disks = []
     for disk in config.disks:
-        fd = disk.image
-        if (
-            fd is not None
-            and not disk.writable
-            and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-        ):
-            fd = reopen(fd, stack)
-        disks.append(replace(disk, image=fd))
+        image = None if disk.image is None else fitting(disk.image, writable=disk.writable)
+        parts = tuple(
+            replace(part, image=fitting(part.image, writable=disk.writable and part.writable))
+            for part in disk.partitions
+        )
+        disks.append(replace(disk, image=image, partitions=parts))
     return replace(config, disks=tuple(disks))
 
 

@@ -11,7 +11,6 @@ QEMU starts with its virtual CPUs stopped. ``QemuVmm.wait_running`` sets them go
 socket, so no end of a guest, however quick, goes unheard.
 """
 
-import json
 import os
 import socket
 from collections.abc import Iterable
@@ -22,43 +21,32 @@ from typing import ClassVar, Final
 
 import anyio
 
-from vmactor.config import DiskImage, RawConfig
+from vmactor.config import RawConfig
 from vmactor.errors import StartFailedError, UnsupportedOperationError
 from vmactor.host import HostFacts
-from vmactor.messages import CpuTopology, ImageKind
+from vmactor.messages import CpuTopology
 from vmactor.text import qemu_value
 from vmactor.vmm.driver import KernelVsock, Launch, VhostUserVsock
 from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket
+from vmactor.vmm.qemu_disks import FdSets, Prepared, disk_arguments, prepare
 from vmactor.vmm.qemu_vmm import QemuVmm
 
 PLATFORM_VERSION: Final = "1.0.0"
 DEFAULT_MEMORY_MIB: Final = 256
 """Memory of a guest whose configuration names none; crosvm's default."""
 
+NO_DISKS: Final = Prepared()
+"""Nothing to know about disks: there are none, or all are regular files."""
+
 _MIB: Final = 1 << 20
 
 
-class FdSets:
-    """Numbers QEMU's descriptor sets, one for each descriptor, in the order of first use."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-
-    def path(self, fd: int) -> str:
-        """The name under which QEMU opens ``fd``."""
-        return f"/dev/fdset/{self._numbers.setdefault(fd, len(self._numbers) + 1)}"
-
-    def arguments(self) -> list[str]:
-        """What makes QEMU know the sets; must stand on the command line, anywhere."""
-        return [arg for fd, number in self._numbers.items() for arg in ("-add-fd", f"fd={fd},set={number}")]
-
-
-def descriptors(launch: Launch, control: int | None = None) -> tuple[int, ...]:
+def descriptors(launch: Launch, control: int | None = None, disks: Prepared = NO_DISKS) -> tuple[int, ...]:
     """Every descriptor that QEMU must inherit, each once, in ascending order. Pure."""
     channels = launch.channels
     pipes = (channels.console, channels.failure, channels.log, channels.ramdump)
     given = {fd for fd in (*pipes, control, launch.vsock.fd) if fd is not None}
-    return tuple(sorted(given.union(launch.config.fds())))
+    return tuple(sorted(given.union(launch.config.fds(), disks.fds())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +91,17 @@ class QemuDriver:
             raise UnsupportedOperationError(
                 "task_profiles: they exist on Android only, where crosvm applies them; remove them"
             )
-        if any(disk.image is None for disk in config.disks):
-            raise UnsupportedOperationError(
-                "disks: QEMU cannot put a disk together from partitions; give one raw image instead"
-            )
 
-    def command_line(self, launch: Launch, control: int | None = None) -> list[str]:
+    def command_line(
+        self, launch: Launch, control: int | None = None, disks: Prepared = NO_DISKS
+    ) -> list[str]:
         """QEMU's arguments, the executable first. Pure.
 
         Args:
             launch: What to run.
             control: Descriptor of a listening socket for QMP; without one QEMU makes the socket itself, at
                 the same place. Either way the guest waits for ``cont``.
+            disks: What ``prepare`` made of the disks.
         """
         config, sets = launch.config, FdSets()
         memory = config.memory_mib or DEFAULT_MEMORY_MIB
@@ -134,7 +121,7 @@ class QemuDriver:
             *("-object", f"memory-backend-memfd,id=memory,size={memory}M,share=on"),
             *self._boot(config),
             *_serial(launch, sets),
-            *_disks(config, sets),
+            *disk_arguments(config, disks, sets),
             *_vsock(launch),
             *("-device", "virtio-balloon-pci,id=balloon,deflate-on-oom=on,free-page-reporting=on"),
             # Two functions of the last free slot: that leaves room for as many disks as there are letters.
@@ -181,8 +168,10 @@ class QemuDriver:
                     # serves one at a time. Our copy of the listener goes, so a dead QEMU is noticed at once.
                     stream = await undo.enter_async_context(await anyio.connect_unix(path))
                     launch = replace(launch, config=config)
+                    disks = prepare(config, stack)
                     process = launch.spawn(
-                        self.command_line(launch, listener.fileno()), descriptors(launch, listener.fileno())
+                        self.command_line(launch, listener.fileno(), disks),
+                        descriptors(launch, listener.fileno(), disks),
                     )
                 except OSError as error:
                     raise StartFailedError(f"cannot start QEMU: {error}{hint(error)}") from error
@@ -216,34 +205,6 @@ def _serial(launch: Launch, sets: FdSets) -> Iterable[str]:
     yield from ("-device", "virtio-serial-pci,id=hvc,max_ports=3")
     for number in range(3):
         yield from ("-device", f"virtconsole,bus=hvc.0,nr={number},chardev=hvc{number}")
-
-
-def _disks(config: RawConfig, sets: FdSets) -> Iterable[str]:
-    for number, disk in enumerate(config.disks):
-        if disk.image is None:
-            continue  # refused by validate
-        mode = "off" if disk.writable else "on"
-        yield from (
-            "-blockdev",
-            f"driver=file,node-name=file{number},filename={sets.path(disk.image)},"
-            f"read-only={mode},auto-read-only=off,discard=unmap",
-            "-blockdev",
-            _format_node(number, disk),
-            # A full host disk is the guest's I/O error, as with crosvm. QEMU's default would pause the guest,
-            # and nobody would know why.
-            "-device",
-            f"virtio-blk-pci,drive=disk{number},werror=report,rerror=report",
-        )
-
-
-def _format_node(number: int, disk: DiskImage) -> str:
-    """The image's format is what it was locked to; QEMU never judges it by itself."""
-    if disk.format is not ImageKind.QCOW2:
-        mode = "off" if disk.writable else "on"
-        return f"driver=raw,node-name=disk{number},file=file{number},read-only={mode},discard=unmap"
-    # In the other notation nothing says "no backing file", whatever the image's header says by now.
-    node = {"driver": "qcow2", "node-name": f"disk{number}", "file": f"file{number}", "backing": None}
-    return json.dumps(node | {"read-only": not disk.writable, "discard": "unmap"})
 
 
 def _vsock(launch: Launch) -> tuple[str, ...]:
