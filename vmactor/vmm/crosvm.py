@@ -22,6 +22,7 @@ from vmactor.config import DiskImage, RawConfig
 from vmactor.config_rules import MAX_PARAMS
 from vmactor.errors import StartFailedError, UnsupportedOperationError
 from vmactor.host import Crosvm, HostFacts
+from vmactor.images.composite import assemble, crosvm_image
 from vmactor.messages import CpuTopology
 from vmactor.process import Process
 from vmactor.text import crosvm_argument
@@ -42,9 +43,6 @@ _ADDED_PARAMS: Final = len(f"panic=-1   {_CRASH_KERNEL}")
 _BACKLOG: Final = 128
 """How many requests may wait for crosvm, as with a socket that it makes itself."""
 _MIB: Final = 1 << 20
-_NO_PARTITIONS: Final = (
-    "disks: crosvm is given raw images only so far, not partitions; give one raw image instead"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +111,9 @@ def validate(build: Crosvm, config: RawConfig) -> None:
         raise UnsupportedOperationError(
             "task_profiles: they exist on Android only; remove them, and use cgroups for what they were to do"
         )
-    if any(disk.image is None for disk in config.disks):
-        raise UnsupportedOperationError(_NO_PARTITIONS)
+    if any(disk.partitions for disk in config.disks) and "create_composite" not in build.commands:
+        # Such a build would show its guest the specification file as a small raw disk, without complaint.
+        raise _lacking(build, "read disks of partitions (it was built without the feature composite-disk)")
     if config.params and re.search("[^ -~]", config.params):
         raise UnsupportedOperationError(
             "params: crosvm takes printable ASCII only on a guest's command line; remove the rest"
@@ -142,15 +141,15 @@ def start(build: Crosvm, arch: str, cpus: int, launch: Launch) -> CrosvmVmm:
     with ExitStack() as undo, ExitStack() as stack:
         try:
             config = _own_offsets(read_only(launch.config, stack), stack)
+            config, pieces = _joined(config, stack)
             launch = replace(launch, config=config)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             line = command_line(build, arch, cpus, launch, listener.fileno())
             listener.bind(os.fspath(path))
             undo.callback(remove_socket, path)
             listener.listen(_BACKLOG)
-            process = Process.spawn(
-                line, pass_fds=descriptors(launch, listener.fileno()), stderr=launch.channels.stderr
-            )
+            inherited = pieces.union(descriptors(launch, listener.fileno()))
+            process = Process.spawn(line, pass_fds=inherited, stderr=launch.channels.stderr)
         except OSError as error:
             raise StartFailedError(f"cannot start crosvm: {error}{hint(error)}") from error
         undo.pop_all()
@@ -170,6 +169,19 @@ def _own_offsets(config: RawConfig, stack: ExitStack) -> RawConfig:
     return replace(
         config, kernel=own(config.kernel), initrd=own(config.initrd), bootloader=own(config.bootloader)
     )
+
+
+def _joined(config: RawConfig, stack: ExitStack) -> tuple[RawConfig, set[int]]:
+    """Give each disk of partitions its specification file as image; also returns all that this names."""
+    disks, pieces = [], set[int]()
+    for disk in config.disks:
+        if disk.partitions:
+            composite = assemble(disk.partitions, stack)
+            pieces.update(composite.fds())
+            disks.append(replace(disk, image=crosvm_image(composite, stack), partitions=()))
+        else:
+            disks.append(disk)
+    return replace(config, disks=tuple(disks)), pieces
 
 
 def descriptors(launch: Launch, control: int | None = None) -> tuple[int, ...]:
@@ -285,8 +297,7 @@ def _protection(build: Crosvm, arch: str, config: RawConfig) -> Iterable[str]:
 
 
 def _disk(build: Crosvm, disk: DiskImage) -> tuple[str, str]:
-    if disk.image is None:
-        raise UnsupportedOperationError(_NO_PARTITIONS)
+    assert disk.image is not None, "disks of partitions have been put together"  # noqa: S101
     path = proc_path(disk.image)
     if "block" not in build.options:
         return ("--rwdisk" if disk.writable else "--disk", path)
