@@ -35,6 +35,10 @@ class Kid:
         self._go = anyio.Event()
         self._error: Exception | None = None
 
+    def let_starts_fail(self, count: int) -> None:
+        """Let so many of the next runs fail to start."""
+        self._starts = iter(["fail"] * count)
+
     def fail(self) -> None:
         """Let the present run fail."""
         self._error = OSError(f"{self.name} fell")
