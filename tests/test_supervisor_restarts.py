@@ -813,6 +813,28 @@ async def test_a_failure_right_after_serving_is_a_failure_and_the_start_returns(
         assert supervisor.tree().failures == 4
 
 
+async def test_nobody_is_started_after_a_sibling_that_has_failed_meanwhile() -> None:
+    house = House(strategy=Strategy.REST_FOR_ONE)
+    runs: list[int] = []
+    go = anyio.Event()
+
+    async def brief(*, task_status: TaskStatus[None]) -> None:
+        runs.append(1)
+        task_status.started()
+        if len(runs) == 1:
+            await go.wait()
+        if len(runs) < 4:
+            raise OSError("at once")
+        await anyio.sleep_forever()
+
+    async with house.supervisor as supervisor:
+        await supervisor.start("a", brief, restart=Restart.PERMANENT)
+        await house.add("b")
+        go.set()
+        assert await house.logged() == "b+ b- b+"
+        assert len(runs) == 4
+
+
 async def test_a_child_that_stops_itself_is_not_started_again() -> None:
     house = House()
 
@@ -873,6 +895,18 @@ async def test_restarts_wait_longer_each_time_up_to_a_maximum_until_a_run_was_st
     backoff = Backoff(initial=1, maximum=6, factor=2, jitter=0, stable=100)
     lives = [1.0, 1, 99, 1, 1, 101, 1]
     assert await times_of_runs(backoff, lives, strategy=strategy) == [1, 2, 4, 6, 6, 1, 2]
+
+
+async def test_the_time_that_failing_to_start_takes_is_no_stable_run() -> None:
+    house = House(backoff=Backoff(initial=10, maximum=1000, factor=2, jitter=0, stable=5))
+    async with house.supervisor as supervisor:
+        kid = Kid(house.log, "a", ["serve", "fail", "fail", "fail"])
+        await supervisor.start("a", kid, restart=Restart.PERMANENT)
+        kid.fail()
+        await anyio.sleep(10 + 20 + 40 + 80 - 1)
+        assert await house.logged() == "a+ a- a! a! a!"
+        await anyio.sleep(2)
+        assert await house.logged() == "a+"
 
 
 async def test_a_share_of_each_delay_is_left_to_chance() -> None:
