@@ -24,12 +24,15 @@ def table(heading: str) -> list[list[str]]:
     ]
 
 
-def commands() -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command."""
-    for action in parser.build()._actions:
+def commands(below: argparse.ArgumentParser | None = None) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command; that of an action of a command by both names."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in (below or parser.build())._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise AssertionError("no commands")
+            for name, command in action.choices.items():
+                actions = {f"{name} {action}": deeper for action, deeper in commands(command).items()}
+                found |= actions or {name: command}
+    return found
 
 
 def test_every_exit_status_is_documented_in_the_same_words() -> None:
@@ -75,4 +78,5 @@ def test_every_option_of_a_command_is_documented_and_no_other(command: str) -> N
 
 def test_every_command_is_documented_with_its_summary() -> None:
     overview = TEXT.split("\n\n")[1]
-    assert [line.split()[1] for line in overview.splitlines()] == list(commands())
+    for line, command in zip(overview.splitlines(), commands(), strict=True):
+        assert f"{line} ".startswith(f"    vmactor {command} ")

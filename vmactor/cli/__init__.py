@@ -27,7 +27,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     claim_standard_descriptors()
     wanted = parser.build().parse_args(args)
-    module = importlib.import_module(f"vmactor.cli.{_MODULES.get(wanted.command, wanted.command)}")
+    name = _MODULES.get(wanted.command, wanted.command.replace("-", "_"))
+    module = importlib.import_module(f"vmactor.cli.{name}")
     try:
         return int(module.run(wanted))
     except KeyboardInterrupt:  # before a command began to watch for signals, or after

@@ -9,6 +9,8 @@ from vmactor.cli.exit_codes import MEANINGS
 
 VMMS = ("auto", "crosvm", "qemu", "simulated")
 CPU_TOPOLOGIES = ("one_cpu", "match_host")
+PARTITION_TYPES = ("raw", "instance", "encryptedstore")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def build() -> argparse.ArgumentParser:
@@ -26,6 +28,8 @@ def build() -> argparse.ArgumentParser:
     _add_list(commands)
     _add_info(commands)
     _add_demo(commands)
+    _add_create_partition(commands)
+    _add_image(commands)
     return parser
 
 
@@ -104,6 +108,33 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_json(demo, "print events as JSON, one object a line")
 
 
+def _add_create_partition(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    create = _add(commands, "create-partition", "make a new file that a guest can write to, a QCOW2 image")
+    create.add_argument("path", metavar="PATH", type=Path, help="the file; it must not exist yet")
+    create.add_argument(
+        "size",
+        metavar="SIZE",
+        type=_size,
+        help="of the guest's disk in bytes, or with K, M, G or T (powers of 1024); up to 16T",
+    )
+    create.add_argument(
+        "-t",
+        "--type",
+        choices=PARTITION_TYPES,
+        default="raw",
+        help="what it begins with: nothing (default), or the mark of an instance image or encrypted store",
+    )
+    _add_json(create, "print one JSON object")
+
+
+def _add_image(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    image = _add(commands, "image", "look at image files")
+    actions = image.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    info = _add(actions, "info", "tell what an image is, and how large the disk in it")
+    info.add_argument("file", metavar="FILE", type=Path, help="a regular file or a block device")
+    _add_json(info, "print one JSON object")
+
+
 def _add_vmm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vmm", choices=VMMS, default="auto", help="which VMM (default: auto)")
 
@@ -133,6 +164,14 @@ def _positive_int(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _size(text: str) -> int:
+    number, unit = (text[:-1], text[-1:].upper()) if text[-1:].upper() in _UNITS else (text, "")
+    # Longer numbers are refused here because Python takes its time to read them.
+    if not number.isascii() or not number.isdigit() or len(number) > 20:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size; write 10485760 or 10M")
+    return int(number) * _UNITS.get(unit, 1)
 
 
 def _port(text: str) -> int:
