@@ -21,6 +21,8 @@ from uuid import UUID, uuid4
 from vmactor.config import Partition
 from vmactor.config_rules import check_labels
 from vmactor.errors import ImageError
+from vmactor.images import qcow2
+from vmactor.images.files import size_of
 from vmactor.images.gpt import (
     BACKUP,
     BEGINNING,
@@ -339,7 +341,8 @@ def assemble(
     """Put a disk together.
 
     Args:
-        partitions: Their descriptors are used as they are, and stay the caller's.
+        partitions: Their descriptors are used as they are, and stay the caller's. Those without a format are
+            raw images.
         opened: Closes what is opened here: sealed memory files with header, footer and zeros. Keep them
             until the VMM has inherited them.
         layout: Where the padding goes.
@@ -350,10 +353,7 @@ def assemble(
         ImageError: As ``plan``.
         OSError: No memory or no descriptor.
     """
-    parts = [
-        Part(partition.label, os.fstat(partition.image).st_size, partition.writable)
-        for partition in partitions
-    ]
+    parts = [Part(partition.label, _disk_size(partition), partition.writable) for partition in partitions]
     laid_out = plan(parts, layout=layout, guids=guids)
     contents = {Made.HEADER: laid_out.header, Made.FOOTER: laid_out.footer, Made.FILLER: bytes(GRANULE)}
     made = {
@@ -361,18 +361,25 @@ def assemble(
         for source, data in contents.items()
         if any(component.source is source for component in laid_out.components)
     }
-    pieces = tuple(
-        Piece(
-            made[component.source]
-            if isinstance(component.source, Made)
-            else partitions[component.source].image,
-            component.offset,
-            component.length,
-            component.writable,
-        )
-        for component in laid_out.components
-    )
-    return Composite(pieces, laid_out.size)
+    pieces = []
+    for component in laid_out.components:
+        place = (component.offset, component.length, component.writable)
+        if isinstance(component.source, Made):
+            pieces.append(Piece(made[component.source], *place))
+        else:
+            partition = partitions[component.source]
+            pieces.append(Piece(partition.image, *place, partition.format or ImageKind.RAW))
+    return Composite(tuple(pieces), laid_out.size)
+
+
+def _disk_size(partition: Partition) -> int:
+    """The size of the disk in a partition's file, in bytes."""
+    try:
+        if partition.format is ImageKind.QCOW2:
+            return qcow2.read(partition.image).virtual_size
+        return size_of(partition.image)
+    except ImageError as error:
+        raise ImageError(f'Partition "{escape(partition.label)}" {error}') from error
 
 
 def crosvm_image(composite: Composite, opened: ExitStack) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmactor.errors import ImageError
-from vmactor.images import android_sparse, composite_spec, qcow2
-from vmactor.images.composite_spec import CompositeSpec
+from vmactor.images import android_sparse, composite, qcow2
+from vmactor.images.composite import Specification
 from vmactor.images.files import read_at, size_of
 from vmactor.images.qcow2 import Qcow2
 from vmactor.messages import ImageKind
@@ -33,12 +33,12 @@ class ImageInfo:
     virtual_size: int | None
     file_size: int
     allocated_size: int | None
-    details: Qcow2 | CompositeSpec | None = None
+    details: Qcow2 | Specification | None = None
 
 
 def kind_of(start: bytes) -> ImageKind:
     """The kind of a file that begins like this; 15 bytes are enough. Pure."""
-    if start.startswith(composite_spec.MAGIC):
+    if start.startswith(composite.MAGIC):
         return ImageKind.COMPOSITE
     if start.startswith(qcow2.MAGIC):
         return ImageKind.QCOW2
@@ -52,7 +52,7 @@ def kind_of(start: bytes) -> ImageKind:
 
 def detect(fd: int) -> ImageKind:
     """The kind of an open file. Raises ImageError if it cannot be read."""
-    return kind_of(read_at(fd, 0, len(composite_spec.MAGIC)))
+    return kind_of(read_at(fd, 0, len(composite.MAGIC)))
 
 
 def inspect(fd: int) -> ImageInfo:
@@ -69,7 +69,7 @@ def inspect(fd: int) -> ImageInfo:
     file_size, kind = size_of(fd), detect(fd)
     status = os.fstat(fd)
     allocated = status.st_blocks * _BLOCK if status.st_size or not file_size else None
-    details: Qcow2 | CompositeSpec | None = None
+    details: Qcow2 | Specification | None = None
     virtual_size: int | None = None
     match kind:
         case ImageKind.RAW:
@@ -78,8 +78,8 @@ def inspect(fd: int) -> ImageInfo:
             details = qcow2.read(fd)
             virtual_size = details.virtual_size
         case ImageKind.COMPOSITE:
-            details = composite_spec.read(fd)
-            virtual_size = details.length
+            details = composite.read_specification(read_at(fd, 0, composite.MAX_SPECIFICATION + 1))
+            virtual_size = details.size
         case ImageKind.ANDROID_SPARSE:
             virtual_size = android_sparse.virtual_size(fd)
     if virtual_size is not None and virtual_size >= 1 << 63:
