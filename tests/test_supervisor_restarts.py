@@ -694,6 +694,40 @@ async def test_a_restart_of_siblings_waits_for_a_start_under_way() -> None:
         assert await house.logged() == "s+ s- a+ slow s+ b+"
 
 
+@pytest.mark.parametrize("ending", ["fails", "cancelled", "cancelled as it serves"])
+async def test_a_start_for_which_a_restart_waits_adds_nothing_if_it_fails_or_is_cancelled(
+    ending: str,
+) -> None:
+    house = House(strategy=Strategy.ONE_FOR_ALL)
+    scope = anyio.CancelScope()
+    go = anyio.Event()
+
+    async def slow(*, task_status: TaskStatus[None]) -> None:
+        house.log.append("slow")
+        await go.wait()
+        if ending == "fails":
+            raise OSError("cannot start")
+        scope.cancel()
+        if ending == "cancelled as it serves":
+            task_status.started()
+        await anyio.sleep_forever()
+
+    async with house.supervisor as supervisor, anyio.create_task_group() as tg:
+        [a] = await house.add("a")
+
+        async def start() -> None:
+            with scope, pytest.raises(OSError, match="cannot start"):
+                await supervisor.start("s", slow, restart=Restart.PERMANENT)
+
+        tg.start_soon(start)
+        await house.logged()
+        a.fail()
+        await house.logged()
+        go.set()
+        assert await house.logged() == "a+"
+        assert house.states() == {"a": "running"}
+
+
 async def test_a_child_that_begins_to_serve_as_a_sibling_falls_is_started_again_after_it() -> None:
     house = House(strategy=Strategy.ONE_FOR_ALL)
     serve = anyio.Event()

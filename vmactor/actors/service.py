@@ -46,7 +46,7 @@ from vmactor.messages import (
 )
 from vmactor.platform_version import Version
 from vmactor.state_dir import StateDirectory, default_path
-from vmactor.supervisor import ChildExit, Decision, Supervisor
+from vmactor.supervisor import ChildExit, Decision, Strategy, Supervisor
 from vmactor.vmm.select import Selection, select
 
 WORKERS: Final = 4
@@ -83,7 +83,7 @@ class VirtualizationService:
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
         self._actors: dict[int, VmActor] = {}
-        self._supervisor = Supervisor("service", self._vm_ended)
+        self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
         self._workers = anyio.CapacityLimiter(WORKERS)
         self._open = False
         self._state: StateDirectory
@@ -108,21 +108,10 @@ class VirtualizationService:
     ) -> bool | None:
         self._open = False
         try:
-            await self._stop_all()
+            return await self._supervisor.__aexit__(kind, value, trace)
         finally:
-            try:
-                swallowed = await self._supervisor.__aexit__(kind, value, trace)
-            finally:
-                self._state.close()
-                self.bus.close()
-        return swallowed
-
-    async def _stop_all(self) -> None:
-        """Stop all VMs at the same time, each within its deadline; the supervisor would do it one by one."""
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as stopping:
-                for child in self._supervisor.children:
-                    stopping.start_soon(self._supervisor.stop, child)
+            self._state.close()
+            self.bus.close()
 
     @property
     def selection(self) -> Selection:
