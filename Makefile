@@ -10,7 +10,7 @@ ARGS ?=
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
 
-setup:  ## Install what is missing: Debian packages, .venv, the vsock helper
+setup:  ## Install what is missing: Debian packages, .venv, helpers
 	@$(PYTHON) tools/setup.py
 
 guest: setup  ## Build the guests that the demo and the tests boot
