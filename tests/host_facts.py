@@ -47,6 +47,7 @@ FULL = HostFacts(
     qboot=THERE,
     vhost_device_vsock=program("vhost-device-vsock", "0.3.0"),
     crosvm=crosvm(HEAD_OPTIONS),
+    simulated=Program(True, "/usr/bin/vmactor-simulated-vmm", "", Path("/usr/bin/vmactor-simulated-vmm")),
 )
 """A host that has all there is."""
 

@@ -152,6 +152,7 @@ FACTS = HostFacts(
     qboot=Finding(True, "/usr/share/qemu/qboot.rom"),
     vhost_device_vsock=Program(True, "/usr/bin/vhost-device-vsock 0.3.0", "", Path("/usr/bin/v"), "0.3.0"),
     crosvm=Crosvm(False, "no crosvm in PATH", "build it"),
+    simulated=Program(True, "/usr/bin/simulated", "", Path("/usr/bin/simulated")),
 )
 
 GOLDEN = """\
@@ -167,6 +168,7 @@ qboot               yes  /usr/share/qemu/qboot.rom
 vhost-device-vsock  yes  /usr/bin/vhost-device-vsock 0.3.0
 crosvm              no   no crosvm in PATH
                          to have it: build it
+simulated           yes  /usr/bin/simulated
 
 --vmm auto picks qemu (emulated; platform version 1.0.0) with hybrid vsock:
   - a

@@ -116,12 +116,6 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(
         select(name, facts(**{"crosvm": no_crosvm()} | changes))
 
 
-@pytest.mark.parametrize("name", ["simulated"])
-def test_drivers_to_come_are_refused_as_not_there_yet(name: str) -> None:
-    with pytest.raises(UnsupportedOperationError, match=f"the {name} driver is not there yet"):
-        select(name, facts())
-
-
 def test_an_unknown_name_is_an_illegal_argument() -> None:
     with pytest.raises(IllegalArgumentError, match="there are: auto, crosvm, qemu, simulated"):
         select("xen", facts())

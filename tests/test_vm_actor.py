@@ -401,9 +401,9 @@ async def test_a_helper_that_was_reaped_has_no_number_any_more(
     bench = Bench(short_dir, helper=Path("helper"))
     async with living(bench) as vm:
         await run(bench, vm)
-        assert bench.actor.helper_pid == helpers[0].pid
+        assert bench.actor.vsock_peer == helpers[0].pid
         helpers[0].status = ExitStatus(1, None)
-        assert bench.actor.helper_pid is None
+        assert bench.actor.vsock_peer is None
         helpers[0].ended.set()
         monkeypatch.setattr(Helper, "wait", ScriptedHelper.wait)
         await vm.stop()

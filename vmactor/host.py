@@ -27,6 +27,8 @@ from vmactor.text import escape
 
 VERSION_TIMEOUT: Final = 5.0
 """How long an executable may take to tell its version, in seconds."""
+SIMULATED_NAME: Final = "vmactor-simulated-vmm"
+SIMULATED_SOURCE: Final = Path(__file__).resolve().parent / "vmm" / "simulated.c"
 QEMU_MINIMUM: Final = (6, 0)
 """The first QEMU with ``-action``; 7.2 is the one that is tested."""
 
@@ -95,6 +97,7 @@ class HostFacts:
         qboot: QEMU's quick firmware for direct kernel boot.
         vhost_device_vsock: The helper that carries vsock where the kernel's device is missing.
         crosvm: The other VMM, and what its build can do.
+        simulated: The VMM without a guest, for load and fault tests.
     """
 
     arch: str
@@ -107,6 +110,7 @@ class HostFacts:
     qboot: Finding
     vhost_device_vsock: Program
     crosvm: Crosvm
+    simulated: Program
 
 
 _once = threading.Lock()
@@ -135,7 +139,8 @@ def look(
 
     Args:
         root: Where ``dev``, ``proc`` and ``usr`` are.
-        environ: Holds ``PATH`` and, if set, ``VMACTOR_VHOST_DEVICE_VSOCK`` and ``VMACTOR_CROSVM``.
+        environ: Holds ``PATH`` and, if set, ``VMACTOR_VHOST_DEVICE_VSOCK``, ``VMACTOR_CROSVM`` and
+            ``VMACTOR_SIMULATED_VMM``.
         arch: Machine name; the kernel's if not given.
         checkouts: Directories that may hold a ``build`` directory; the current one and the source checkout if
             not given.
@@ -144,6 +149,7 @@ def look(
     arch = arch or os.uname().machine
     flags = _cpu_flags(root)
     path = environ.get("PATH", os.defpath)
+    checkouts = tuple(checkouts or (Path.cwd(), _CHECKOUT))
     qemu = _qemu(arch, path, timeout)
     return HostFacts(
         arch=arch,
@@ -154,8 +160,9 @@ def look(
         af_vsock=_af_vsock(),
         qemu=qemu,
         qboot=_qboot(root, arch, qemu),
-        vhost_device_vsock=_helper(environ, path, checkouts or (Path.cwd(), _CHECKOUT), timeout),
+        vhost_device_vsock=_helper(environ, path, checkouts, timeout),
         crosvm=_crosvm(environ, path, timeout),
+        simulated=_simulated(environ, path, checkouts),
     )
 
 
@@ -331,6 +338,27 @@ def _listed(path: Path, arguments: list[str], entry: re.Pattern[str], timeout: f
     except OSError:
         return frozenset()
     return frozenset(entry.findall(output)) if code == 0 else frozenset()
+
+
+def _simulated(environ: Mapping[str, str], path: str, checkouts: Iterable[Path]) -> Program:
+    # Not asked for its version: it is built from the source beside this file, and few hosts ever run it.
+    named = environ.get("VMACTOR_SIMULATED_VMM")
+    advice = (
+        f"run 'make setup' in the source checkout; or, with a C compiler (Debian: gcc and libc6-dev), "
+        f"'cc -O2 -static -o {SIMULATED_NAME} {escape(str(SIMULATED_SOURCE))}', and put it in PATH or name "
+        "it in VMACTOR_SIMULATED_VMM"
+    )
+    if named:
+        found = shutil.which(named, path="")
+        what = f"VMACTOR_SIMULATED_VMM names {escape(named)}, which cannot be run"
+    else:
+        built = (shutil.which(checkout / "build/host/bin" / SIMULATED_NAME) for checkout in checkouts)
+        found = shutil.which(SIMULATED_NAME, path=path) or next(filter(None, built), None)
+        what = f"no {SIMULATED_NAME} in PATH or build/host"
+    if found is None:
+        return Program(False, what, advice)
+    absolute = Path(found).absolute()
+    return Program(True, escape(str(absolute)), "", absolute)
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from vmactor.process import UNKNOWN, Process
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm.driver import (
     Channels,
+    DirectVsock,
     KernelVsock,
     Launch,
     VhostUserVsock,
@@ -79,8 +80,8 @@ class RunSpec:
         driver: How.
         directory: Where its sockets go.
         sinks: Where its output goes.
-        vhost_fd: An open vhost-vsock device with the CID claimed, or None for the helper.
-        helper: The vhost-device-vsock executable, or None where the kernel does it.
+        vhost_fd: An open vhost-vsock device with the CID claimed, where the kernel does vsock.
+        helper: The vhost-device-vsock executable, where that does it; without either the VMM itself does.
         spawner: Spawns its processes.
     """
 
@@ -118,9 +119,11 @@ class Run:
         self._pipes: _Pipes | None = None
 
     @property
-    def helper_pid(self) -> int | None:
-        """The vsock helper's process while it lives; the kernel is asked, since numbers are used again."""
+    def vsock_peer(self) -> int | None:
+        """The process whose vsock connections are the guest's, while it lives; numbers are used again."""
         helper = self._helper
+        if self._spec.helper is None:  # the VMM itself, where the kernel does not vouch for the guest
+            return self.vmm.pid if self.vmm is not None and self._ended is None else None
         return helper.process.pid if helper is not None and helper.process.status is None else None
 
     def kill(self) -> None:
@@ -241,9 +244,12 @@ class Run:
             connection = await self._helper.connect()
             stack.callback(os.close, connection)
             device = VhostUserVsock(connection)
-        else:
-            assert spec.vhost_fd is not None, "a VM has a vhost device or a helper"  # noqa: S101
+        elif spec.vhost_fd is not None:
             device = KernelVsock(spec.vhost_fd)
+        else:
+            directory = os.open(spec.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, directory)
+            device = DirectVsock(directory)
         launch = Launch(spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner)
         vmm = await spec.driver.spawn(launch)
         await stack.enter_async_context(self._closing("its VMM", vmm, vmm.aclose))

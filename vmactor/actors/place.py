@@ -58,7 +58,7 @@ class Place:
         transport: The VM's vsock.
         listener: Listens on port = CID.
         vhost_fd: An open vhost-vsock device with the CID set, where the kernel does it.
-        helper: The vhost-device-vsock executable, where that does it.
+        helper: The vhost-device-vsock executable, where that does it; without either the VMM itself does.
     """
 
     cid: int
@@ -77,7 +77,7 @@ class Places:
         state: Where CIDs and directories come from.
         selection: Which kind of vsock VMs get.
         facts: What the host has.
-        helper_pid: The process whose vsock connections are a VM's, by its CID, while there is one.
+        vsock_peer: The process whose vsock connections are a VM's, by its CID, while there is one.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Places:
         state: StateDirectory,
         selection: Selection,
         facts: HostFacts,
-        helper_pid: Callable[[int], int | None],
+        vsock_peer: Callable[[int], int | None],
     ) -> None:
         self._state = state
         self._selection = selection
         self._facts = facts
-        self._helper_pid = helper_pid
+        self._vsock_peer = vsock_peer
         self._kept: set[int] = set()  # CIDs whose dead VMs left a living process behind
 
     async def find(self, claim: ExitStack, requester: Requester | None = None) -> Place:
@@ -140,19 +140,19 @@ class Places:
     def _listen(
         self, cid: int, directory: Path, spawner: Spawner, helper: Path | None, attempt: ExitStack
     ) -> Place:
-        if helper is None:
+        if self._selection.vsock == "kernel":
             vhost_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
             attempt.callback(os.close, vhost_fd)
             # The kernel refuses a CID that any other VM on the host has; ours is claimed from here on.
             fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))
             kernel = KernelVsockTransport(cid)
             return Place(cid, directory, spawner, kernel, kernel.listen(cid), vhost_fd, None)
-        hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._helper_pid, cid))
+        hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._vsock_peer, cid))
         attempt.callback(hybrid.close)
         return Place(cid, directory, spawner, hybrid, hybrid.listen(cid), None, helper)
 
     def _find_helper(self) -> Path | None:
-        if self._selection.vsock == "kernel":
+        if self._selection.vsock != "hybrid":
             return None
         found = self._facts.vhost_device_vsock
         if found.path is None:

@@ -98,7 +98,7 @@ class VirtualizationService:
             self._facts = await anyio.to_thread.run_sync(probe)
         self._selection = select(self._vmm, self._facts) if isinstance(self._vmm, str) else self._vmm
         self._state = StateDirectory(self._state_path or default_path())
-        self._places = Places(self._state, self._selection, self._facts, self._helper_pid)
+        self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
         await self._supervisor.__aenter__()
         self._open = True
         return self
@@ -281,9 +281,9 @@ class VirtualizationService:
         config.check_platform(Version.parse(self._selection.driver.platform_version))
         self._selection.driver.validate(config)
 
-    def _helper_pid(self, cid: int) -> int | None:
+    def _vsock_peer(self, cid: int) -> int | None:
         actor = self._actors.get(cid)
-        return actor.helper_pid if actor is not None else None
+        return actor.vsock_peer if actor is not None else None
 
     def _record(self, info: VmInfo) -> None:
         record = info.as_dict() | {"vsock": self._selection.vsock}

@@ -143,9 +143,9 @@ class VmActor:
         return self._life.survivors
 
     @property
-    def helper_pid(self) -> int | None:
+    def vsock_peer(self) -> int | None:
         """The process whose vsock connections are the guest's, while there is one."""
-        return self.run_under_way.helper_pid if self.run_under_way is not None else None
+        return self.run_under_way.vsock_peer if self.run_under_way is not None else None
 
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""

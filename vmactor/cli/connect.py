@@ -54,7 +54,7 @@ def transport_of(record: Record, directory: Path) -> VsockTransport:
     match record.get("vsock"):
         case "kernel":
             return KernelVsockTransport(cid)
-        case "hybrid":
+        case "hybrid" | "direct":
             # We only connect; who may connect to us is nobody's question here.
             return HybridVsockTransport(cid, directory / "vm" / str(cid) / "vsock", lambda: None)
     raise UnsupportedOperationError(

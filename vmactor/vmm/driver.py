@@ -38,7 +38,18 @@ class VhostUserVsock:
     fd: int
 
 
-VsockDevice = KernelVsock | VhostUserVsock
+@dataclass(frozen=True, slots=True)
+class DirectVsock:
+    """Unix sockets that the VMM itself connects to and listens on; only a VMM without a guest can.
+
+    Attributes:
+        fd: The directory of the sockets, opened for reading.
+    """
+
+    fd: int
+
+
+VsockDevice = KernelVsock | VhostUserVsock | DirectVsock
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from vmactor.host import Finding, HostFacts
 from vmactor.vmm.crosvm import CrosvmDriver, takes_vhost_user, takes_vhost_vsock
 from vmactor.vmm.driver import VmmDriver
 from vmactor.vmm.qemu import QemuDriver
+from vmactor.vmm.simulated import SimulatedDriver
 
 NAMES: Final = ("auto", "crosvm", "qemu", "simulated")
 """What ``select`` takes."""
 
-VsockKind = Literal["kernel", "hybrid"]
+VsockKind = Literal["kernel", "hybrid", "direct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Selection:
 
     Attributes:
         driver: Starts the VMMs.
-        vsock: ``kernel`` for the host's vhost-vsock, ``hybrid`` for a vhost-device-vsock helper.
+        vsock: ``kernel`` for the host's vhost-vsock, ``hybrid`` for a vhost-device-vsock helper, ``direct``
+            for the same unix sockets with the VMM itself at their other end.
         reasons: Sentences for people, in the order of the decisions.
     """
 
@@ -82,8 +84,14 @@ def _missing_kernel_vsock(facts: HostFacts) -> Finding | None:
     return next((finding for finding in (facts.vhost_vsock, facts.af_vsock) if not finding.usable), None)
 
 
-def _simulated(_facts: HostFacts) -> Selection:
-    raise UnsupportedOperationError("the simulated driver is not there yet; use 'qemu' or 'auto'")
+def _simulated(facts: HostFacts) -> Selection:
+    if not facts.simulated.usable:
+        raise UnsupportedOperationError(f"VMs cannot be simulated: {_says(facts.simulated)}")
+    reasons = (
+        f"the simulated VMM was asked for: {facts.simulated.found}",
+        "there is no guest: it plays the script in the kernel parameters, for load and fault tests only",
+    )
+    return Selection(SimulatedDriver(facts), "direct", reasons)
 
 
 def _qemu(facts: HostFacts) -> Selection:
