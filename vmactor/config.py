@@ -90,12 +90,14 @@ class Partition:
         image: Descriptor of its contents. A writable part's size is a multiple of 4,096.
         writable: Whether the guest may write to it, if the disk is writable too.
         format: As in ``DiskImage``.
+        size: Of the disk in the file, in bytes; found when a VM is made of it, and before each start.
     """
 
     label: str
     image: int
     writable: bool = False
     format: ImageKind | None = None
+    size: int | None = None
 
     def __init__(
         self,
@@ -103,11 +105,13 @@ class Partition:
         image: Descriptor,
         writable: bool = False,
         format: str | None = None,  # noqa: A002
+        size: int | None = None,
     ) -> None:
         object.__setattr__(self, "label", label)
         object.__setattr__(self, "image", _descriptor("partition image", image))
         object.__setattr__(self, "writable", writable)
         object.__setattr__(self, "format", _format("partition format", format))
+        object.__setattr__(self, "size", size)
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -35,6 +35,7 @@ from vmactor.images.gpt import (
 )
 from vmactor.messages import ImageKind
 from vmactor.protobuf import message_classes
+from vmactor.strict_json import about
 from vmactor.text import escape
 
 MAGIC: Final = b"composite_disk\x1d"
@@ -342,7 +343,7 @@ def assemble(
 
     Args:
         partitions: Their descriptors are used as they are, and stay the caller's. Those without a format are
-            raw images.
+            raw images. The files of those without a size are looked at, which blocks as long as they do.
         opened: Closes what is opened here: sealed memory files with header, footer and zeros. Keep them
             until the VMM has inherited them.
         layout: Where the padding goes.
@@ -353,7 +354,11 @@ def assemble(
         ImageError: As ``plan``.
         OSError: No memory or no descriptor.
     """
-    parts = [Part(partition.label, _disk_size(partition), partition.writable) for partition in partitions]
+    parts = []
+    for part in partitions:
+        with about(f'Partition "{escape(part.label)}"'):
+            size = disk_size(part.image, part.format) if part.size is None else part.size
+        parts.append(Part(part.label, size, part.writable))
     laid_out = plan(parts, layout=layout, guids=guids)
     contents = {Made.HEADER: laid_out.header, Made.FOOTER: laid_out.footer, Made.FILLER: bytes(GRANULE)}
     made = {
@@ -372,14 +377,9 @@ def assemble(
     return Composite(tuple(pieces), laid_out.size)
 
 
-def _disk_size(partition: Partition) -> int:
-    """The size of the disk in a partition's file, in bytes."""
-    try:
-        if partition.format is ImageKind.QCOW2:
-            return qcow2.read(partition.image).virtual_size
-        return size_of(partition.image)
-    except ImageError as error:
-        raise ImageError(f'Partition "{escape(partition.label)}" {error}') from error
+def disk_size(fd: int, kind: ImageKind | None) -> int:
+    """The size of the disk in a raw or QCOW2 image, in bytes. Raises ImageError."""
+    return qcow2.read(fd).virtual_size if kind is ImageKind.QCOW2 else size_of(fd)
 
 
 def crosvm_image(composite: Composite, opened: ExitStack) -> int:

@@ -12,8 +12,10 @@ from typing import Final
 from vmactor.config import RawConfig
 from vmactor.errors import ImageError, UnsafeImageError, UnsupportedOperationError
 from vmactor.images import qcow2
+from vmactor.images.composite import disk_size
 from vmactor.images.kinds import detect
 from vmactor.messages import ImageKind
+from vmactor.strict_json import about
 from vmactor.text import escape
 
 _NAMES: Final = {
@@ -38,8 +40,8 @@ def lock_formats(config: RawConfig) -> RawConfig:
     Blocks as long as the storage does: call it in a thread.
 
     Returns:
-        The configuration with the format of every disk and partition set. Given again before a later start,
-        it also refuses what has changed its format since.
+        The configuration with the format of every disk and partition set, and the size of each partition.
+        Given again before a later start, it also refuses what has changed its format since.
 
     Raises:
         UnsafeImageError: A writable raw image begins like another format, so a guest may have written that;
@@ -53,13 +55,12 @@ def lock_formats(config: RawConfig) -> RawConfig:
         kind = disk.format
         if image is not None:
             kind = _lock(f"disks[{i}].image", image, disk.writable, disk.format)
-        partitions = [
-            replace(
-                part,
-                format=_lock(f"disks[{i}].partitions[{j}].image", part.image, part.writable, part.format),
-            )
-            for j, part in enumerate(disk.partitions)
-        ]
+        partitions = []
+        for j, part in enumerate(disk.partitions):
+            at = f"disks[{i}].partitions[{j}].image"
+            found = _lock(at, part.image, part.writable, part.format)
+            with about(at):
+                partitions.append(replace(part, format=found, size=disk_size(part.image, found)))
         disks.append(replace(disk, format=kind, partitions=tuple(partitions)))
     return replace(config, disks=tuple(disks))
 
