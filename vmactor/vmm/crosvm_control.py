@@ -12,6 +12,7 @@ Source: crosvm's ``vm_control``, as of 2023-02 and 2026-08.
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,6 +104,8 @@ class CrosvmControl:
             async with self._asking:
                 if self._unanswered is not None:
                     await _readable(self._unanswered)
+                    with suppress(OSError):  # read, so that crosvm does not see its answer refused
+                        self._unanswered.recv(MAX_REPLY)
                     self.close()
                 self._unanswered = connection = self._connect()
                 _send(connection, request)

@@ -1,0 +1,119 @@
+"""crosvm itself, where there is one: that it takes our command lines, and answers as the stand-in does.
+
+No guest has to come up for that; where KVM can be opened at all, the control socket is asked.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import pytest
+
+from vmactor.config import DiskImage, RawConfig
+from vmactor.host import Crosvm, probe
+from vmactor.messages import CpuTopology, DeathReason
+from vmactor.vhost_device_vsock import VhostDeviceVsock
+from vmactor.vmm import crosvm
+from vmactor.vmm.crosvm_vmm import CrosvmVmm
+from vmactor.vmm.driver import Channels, KernelVsock, Launch, VhostUserVsock
+
+pytestmark = pytest.mark.anyio
+
+ARCH = os.uname().machine
+
+
+@pytest.fixture
+def build() -> Crosvm:
+    found = probe().crosvm
+    if not found.usable:
+        pytest.skip(f"no crosvm to ask: {found.found}")
+    return found
+
+
+@pytest.fixture
+def launch(short_dir: Path) -> Iterator[Launch]:
+    """A launch with everything in it, but for a kernel that is one."""
+    with ExitStack() as stack:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stack.callback(os.close, null)
+        (short_dir / "image").write_bytes(b"\0" * 4096)
+        image = stack.enter_context((short_dir / "image").open("r+b"))
+        vsock, backend = socket.socketpair()
+        stack.enter_context(vsock)
+        backend.close()  # crosvm would wait for one that says nothing
+        config = RawConfig(
+            name="vm",
+            kernel=image,
+            initrd=image,
+            params="-a=b console=hvc0",
+            disks=[DiskImage(image), DiskImage(image, writable=True)],
+            memory_mib=128,
+            cpu_topology=CpuTopology.MATCH_HOST,
+        )
+        stderr = stack.enter_context((short_dir / "stderr").open("wb", buffering=0)).fileno()
+        channels = Channels(null, null, null, null, stderr)
+        yield Launch("vm", 2048, config, VhostUserVsock(vsock.fileno()), channels, short_dir)
+
+
+async def status(vmm: CrosvmVmm) -> int | None:
+    try:
+        with anyio.fail_after(30):
+            return (await vmm.wait()).status.code
+    finally:
+        await vmm.aclose()
+
+
+@pytest.mark.parametrize("kind", ["kernel vsock", "helper", "protected", "bootloader"])
+async def test_it_understands_our_command_lines(build: Crosvm, launch: Launch, kind: str) -> None:
+    config = launch.config
+    if kind == "kernel vsock":
+        launch = replace(launch, vsock=KernelVsock(launch.vsock.fd))
+    if kind == "protected":
+        config = replace(config, protected_vm=True)
+    if kind == "bootloader":
+        config = replace(config, kernel=None, initrd=None, bootloader=config.kernel)
+    code = await status(crosvm.start(build, ARCH, 2, replace(launch, config=config)))
+    said = (launch.directory / "stderr").read_text()
+    assert code == 1, said  # what is no kernel cannot be run; 35 would be an argument
+    assert "arg parsing" not in said
+
+
+async def test_an_option_that_a_build_has_not_ends_it_with_35(build: Crosvm, launch: Launch) -> None:
+    other = replace(build, options=build.options - {"vsock", "vhost-user"} | {"cid", "vhost-vsock-fd"})
+    wrong = replace(other, options=other.options - {"block"})
+    line = crosvm.command_line(wrong, ARCH, 2, replace(launch, vsock=KernelVsock(launch.vsock.fd)), 3)
+    process = await anyio.run_process([*line, "--no-such-option"], check=False)
+    assert process.returncode == 35
+    assert b"no-such-option" in process.stderr
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm here")
+async def test_it_runs_answers_and_ends_as_the_driver_expects(
+    build: Crosvm, launch: Launch, guest_dir: Path
+) -> None:
+    path = probe().vhost_device_vsock.path
+    assert path is not None
+    helper = VhostDeviceVsock.spawn(path, 2048, launch.directory)
+    with ExitStack() as stack:
+        try:
+            vsock = await helper.connect()
+            stack.callback(os.close, vsock)
+            kernel = stack.enter_context((guest_dir / "vmlinux").open("rb"))
+            config = RawConfig(name="vm", kernel=kernel, memory_mib=128)
+            vmm = crosvm.start(build, ARCH, 1, replace(launch, config=config, vsock=VhostUserVsock(vsock)))
+            try:
+                await vmm.wait_running()
+                assert await vmm.balloon_stats() is None  # so early, no driver is active
+                if ARCH == "x86_64":
+                    await vmm.request_shutdown()
+                await vmm.request_exit()
+                with anyio.move_on_after(10):  # a KVM may not let go of a virtual CPU
+                    assert (await vmm.wait()).reason is DeathReason.SHUTDOWN
+            finally:
+                await vmm.aclose()
+        finally:
+            await helper.aclose()
