@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.host_facts import HEAD_OPTIONS, MISSING, OPTIONS_2023_02, facts
+from tests.host_facts import HEAD_OPTIONS, MISSING, OPTIONS_2023_02, crosvm, facts
 from vmactor.config import DiskImage, Partition, RawConfig
 from vmactor.errors import (
     DeadlineExceededError,
@@ -90,7 +90,13 @@ def test_any_signal_is_a_kill_and_an_unknown_status_our_infrastructure_s_error()
         ({"kvm": MISSING}, {}, "crosvm cannot run guests: none here: get one"),
         ({}, {"protected_vm": True}, "protected_vm: only aarch64 hosts .* this is x86_64; set it to false"),
         ({}, {"task_profiles": ["a"]}, "task_profiles: they exist on Android only; remove them"),
-        ({}, {"disks": [DiskImage(partitions=[Partition("a", 1)])]}, "disks: .* one raw image"),
+        ({}, {"disks": [DiskImage(partitions=[Partition("a", 1)])]}, "without the feature composite-disk"),
+        ({}, {"disks": [DiskImage(1, format="qcow2")]}, r"cannot read QCOW2 images \(it was built without"),
+        (
+            {"crosvm": crosvm(HEAD_OPTIONS, "create_composite")},
+            {"disks": [DiskImage(partitions=[Partition("a", 1, format="qcow2")])]},
+            "without the feature qcow",
+        ),
         ({}, {"params": "a=\u00e9"}, "params: crosvm takes printable ASCII only"),
         ({}, {"params": "a\tb"}, "params: crosvm takes printable ASCII only"),
         ({}, {"params": "x" * 2022}, "at most 2021 bytes are left, and they have 2022"),
@@ -106,6 +112,9 @@ def test_what_crosvm_cannot_do_is_refused_with_what_to_do(
 def test_a_plain_configuration_and_a_protected_one_on_aarch64_are_accepted() -> None:
     plain = RawConfig(name="vm", kernel=3, params="x" * 2021, disks=[DiskImage(3, writable=True)])
     CrosvmDriver(facts()).validate(plain)
+    partitioned = [DiskImage(partitions=[Partition("a", 1, format="qcow2")])]
+    able = crosvm(HEAD_OPTIONS, "create_composite", "create_qcow2")
+    CrosvmDriver(facts(crosvm=able)).validate(replace(plain, disks=tuple(partitioned)))
     CrosvmDriver(facts(arch="aarch64")).validate(replace(plain, protected_vm=True))
 
 

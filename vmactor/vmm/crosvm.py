@@ -23,8 +23,7 @@ from vmactor.config_rules import MAX_PARAMS
 from vmactor.errors import StartFailedError, UnsupportedOperationError
 from vmactor.host import Crosvm, HostFacts
 from vmactor.images.composite import assemble, crosvm_image
-from vmactor.messages import CpuTopology
-from vmactor.process import Process
+from vmactor.messages import CpuTopology, ImageKind
 from vmactor.text import crosvm_argument
 from vmactor.vmm.crosvm_vmm import CrosvmVmm
 from vmactor.vmm.driver import KernelVsock, Launch
@@ -114,6 +113,10 @@ def validate(build: Crosvm, config: RawConfig) -> None:
     if any(disk.partitions for disk in config.disks) and "create_composite" not in build.commands:
         # Such a build would show its guest the specification file as a small raw disk, without complaint.
         raise _lacking(build, "read disks of partitions (it was built without the feature composite-disk)")
+    formats = {disk.format for disk in config.disks}
+    formats |= {part.format for disk in config.disks for part in disk.partitions}
+    if ImageKind.QCOW2 in formats and "create_qcow2" not in build.commands:
+        raise _lacking(build, "read QCOW2 images (it was built without the feature qcow)")
     if config.params and re.search("[^ -~]", config.params):
         raise UnsupportedOperationError(
             "params: crosvm takes printable ASCII only on a guest's command line; remove the rest"
@@ -149,7 +152,7 @@ def start(build: Crosvm, arch: str, cpus: int, launch: Launch) -> CrosvmVmm:
             undo.callback(remove_socket, path)
             listener.listen(_BACKLOG)
             inherited = pieces.union(descriptors(launch, listener.fileno()))
-            process = Process.spawn(line, pass_fds=inherited, stderr=launch.channels.stderr)
+            process = launch.spawn(line, tuple(sorted(inherited)))
         except OSError as error:
             raise StartFailedError(f"cannot start crosvm: {error}{hint(error)}") from error
         undo.pop_all()
