@@ -53,8 +53,8 @@ def unsigned(path: Path, *entries: bytes, comment: bytes = b"") -> Path:
     return path
 
 
-def write_key(key: Key, directory: Path) -> tuple[Path, Path]:
-    """A key's file and that of a certificate for it, as apksigner wants them."""
+def make_certificate(key: Key) -> bytes:
+    """A certificate in which a key signs itself, DER."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vmactor test")])
     certificate = (
         x509.CertificateBuilder()
@@ -66,12 +66,17 @@ def write_key(key: Key, directory: Path) -> tuple[Path, Path]:
         .not_valid_after(datetime.datetime(2050, 1, 1, tzinfo=datetime.UTC))
         .sign(key, hashes.SHA256())
     )
-    encoding = serialization.Encoding
-    (directory / "key.pk8").write_bytes(
-        key.private_bytes(encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
+def write_key(key: Key, directory: Path) -> tuple[Path, Path]:
+    """A key's file and that of a certificate for it, as apksigner wants them."""
+    private = key.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    (directory / "key.pem").write_bytes(certificate.public_bytes(encoding.PEM))
-    return directory / "key.pk8", directory / "key.pem"
+    (directory / "key.pk8").write_bytes(private)
+    (directory / "key.der").write_bytes(make_certificate(key))
+    return directory / "key.pk8", directory / "key.der"
 
 
 def apksigner(

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import anyio
+import anyio.from_thread
 
 from vmactor.actors.event_bus import new_bus
 from vmactor.actors.handle import VirtualMachine
@@ -32,6 +33,7 @@ from vmactor.errors import (
 )
 from vmactor.host import HostFacts, probe
 from vmactor.images.disks import lock_formats
+from vmactor.images.idsig import IdsigResult, create_or_update_idsig_file
 from vmactor.images.partition import initialize_writable_partition
 from vmactor.log import get_logger
 from vmactor.messages import (
@@ -51,6 +53,8 @@ from vmactor.vmm.select import Selection, select
 
 WORKERS: Final = 4
 """How many files are prepared or looked at at the same time, each in a thread."""
+HASHERS: Final = 2
+"""How many idsig files are made at the same time, each by a thread and perhaps processes of its own."""
 HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
@@ -85,6 +89,7 @@ class VirtualizationService:
         self._actors: dict[int, VmActor] = {}
         self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
         self._workers = anyio.CapacityLimiter(WORKERS)
+        self._hashers = anyio.CapacityLimiter(HASHERS)
         self._open = False
         self._state: StateDirectory
         self._selection: Selection
@@ -230,6 +235,37 @@ class VirtualizationService:
         with duplicated("partition image", image) as fd:
             return await anyio.to_thread.run_sync(
                 initialize_writable_partition, fd, size, partition_type, limiter=self._workers
+            )
+
+    async def create_or_update_idsig_file(self, apk: Descriptor, idsig: Descriptor) -> IdsigResult:
+        """Make the idsig file of an APK, unless it is up to date; see ``images.idsig``.
+
+        Work is done in a thread and, for a large APK, in processes, on duplicates of the descriptors; no more
+        than ``HASHERS`` at a time, others wait. It takes about half a second for each GiB. When the caller is
+        cancelled, it ends within a second, the file as it was before or as it was to be.
+
+        Args:
+            apk: A signed APK, a regular file open for reading.
+            idsig: A regular file open for writing, and for reading if it may be up to date already.
+
+        Returns:
+            What the file says now, and whether it was written.
+
+        Raises:
+            ApkError: The APK or the file is not as it has to be (texts are the reference's). The file is as
+                it was; only an I/O error while it is written leaves it empty.
+            IllegalArgumentError: One of them is not open.
+            ResourceExhaustedError: No descriptor or no space; the same.
+            IllegalStateError: The service is not open.
+        """
+        self._check_open()
+        with duplicated("APK", apk) as apk_fd, duplicated("idsig", idsig) as idsig_fd:
+            return await anyio.to_thread.run_sync(
+                create_or_update_idsig_file,
+                apk_fd,
+                idsig_fd,
+                lambda _done: anyio.from_thread.check_cancelled(),
+                limiter=self._hashers,
             )
 
     async def _start_actor(

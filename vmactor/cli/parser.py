@@ -30,6 +30,8 @@ def build() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_create_partition(commands)
     _add_image(commands)
+    _add_create_idsig(commands)
+    _add_verify_apk(commands)
     return parser
 
 
@@ -133,6 +135,22 @@ def _add_image(commands: "_Commands[argparse.ArgumentParser]") -> None:
     info = _add(actions, "info", "tell what an image is, and how large the disk in it")
     info.add_argument("file", metavar="FILE", type=Path, help="a regular file or a block device")
     _add_json(info, "print one JSON object")
+
+
+def _add_create_idsig(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    create = _add(commands, "create-idsig", "make the idsig file of an APK, unless it is up to date")
+    create.add_argument("apk", metavar="APK", type=Path, help="an APK that is signed with scheme v3")
+    create.add_argument("idsig", metavar="IDSIG", type=Path, help="the file to make or to update")
+    _add_json(create, "print one JSON object")
+
+
+def _add_verify_apk(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    verify = _add(commands, "verify-apk", "verify the v3 signature of an APK, and its idsig")
+    verify.add_argument("apk", metavar="APK", type=Path, help="the APK")
+    verify.add_argument(
+        "idsig", metavar="IDSIG", type=Path, nargs="?", help="its idsig file, signed (v4) or not"
+    )
+    _add_json(verify, "print one JSON object")
 
 
 def _add_vmm(parser: argparse.ArgumentParser) -> None:
