@@ -27,6 +27,8 @@ from vmactor.messages import (
     PayloadReady,
     PayloadStarted,
     Removed,
+    Restarting,
+    RestartsExhausted,
     Resumed,
     Snapshot,
     Started,
@@ -51,6 +53,8 @@ EVENTS: list[Event] = [
     Snapshot(monotonic=132.0),
     Died(monotonic=1234.5, reason=DeathReason.SHUTDOWN, elapsed=1134.5),
     Died(monotonic=1234.5, reason=DeathReason.CRASH, elapsed=1134.5),
+    Restarting(monotonic=1250.0, delay=1.5, restarts=2),
+    RestartsExhausted(monotonic=1260.0, restarts=3, failures=4, period=60.0),
     Removed(monotonic=1300.0),
 ]
 
@@ -71,6 +75,8 @@ GOLDEN = """\
    32.000  snapshot          0 VMs live
  1134.500  died              SHUTDOWN after 1134.50 s
  1134.500  died              CRASH after 1134.50 s
+ 1150.000  restarting        it will be started again in 1.50 s (restart 2)
+ 1160.000  gave_up           4 ends within 60 s are too many: it is given up
  1200.000  removed           given back; it was never started
 """
 

@@ -23,6 +23,7 @@ from vmactor.actors.lifecycle import (
     Phase,
     Publish,
     Refuse,
+    RestartDue,
     RunControl,
     RunEnded,
     SpawnRun,
@@ -31,7 +32,10 @@ from vmactor.actors.lifecycle import (
     VmmSpawned,
     transition,
 )
+from vmactor.actors.restart_policy import RestartPolicy, Restarts
+from vmactor.cli.exit_codes import exit_code
 from vmactor.errors import (
+    IllegalArgumentError,
     IllegalStateError,
     InvalidPayloadTransitionError,
     MailboxFullError,
@@ -51,6 +55,8 @@ from vmactor.messages import (
     PayloadState,
     Release,
     Removed,
+    Restarting,
+    RestartsExhausted,
     Resume,
     Start,
     Started,
@@ -58,21 +64,30 @@ from vmactor.messages import (
     Suspend,
     TrimMemory,
     VirtualMachineState,
+    is_end,
 )
 from vmactor.request import Request
+from vmactor.restarts import Backoff, Restart, RestartLimit
 
 STARTED = GuestReported(1, NotifyPayloadStarted())
 READY = GuestReported(1, NotifyPayloadReady())
 FINISHED = GuestReported(1, NotifyPayloadFinished(3))
 FAILED = GuestReported(1, NotifyError(ErrorCode.PAYLOAD_CHANGED, "changed"))
 ENDED = RunEnded(1, DeathReason.SHUTDOWN, exit_code=0)
+CRASHED = RunEnded(1, DeathReason.CRASH, exit_code=1)
 
 FRESH = Life(hangup_timeout=30.0)
 STARTING = replace(FRESH, phase=Phase.STARTING, generation=1, starter="start")
 RUNNING = replace(FRESH, phase=Phase.RUNNING, generation=1, pid=7)
 DYING = replace(FRESH, phase=Phase.DYING, generation=1)
 DEAD = replace(FRESH, phase=Phase.DEAD, generation=1)
-PHASES = {"not started": FRESH, "starting": STARTING, "running": RUNNING, "dying": DYING, "dead": DEAD}
+POLICY = RestartPolicy(limit=RestartLimit(2, 60.0), backoff=Backoff(initial=1.0, jitter=0.0, stable=10.0))
+RESTARTABLE = replace(RUNNING, restarts=Restarts(POLICY))
+WAITING = replace(FRESH, phase=Phase.WAITING, generation=1, restart_delay=1.0, restarts=Restarts(POLICY, 1))
+PHASES = {
+    "not started": FRESH, "starting": STARTING, "running": RUNNING, "dying": DYING, "dead": DEAD,
+    "restartable": RESTARTABLE, "waiting": WAITING,
+}  # fmt: skip
 
 
 def kinds(actions: list[Action]) -> list[str]:
@@ -140,6 +155,40 @@ TABLE: dict[tuple[str, str], list[str]] = {
     ("running", "HangupExpired"): ["hung_up", "KillRun"],
     ("dying", "HangupExpired"): [],
     ("dead", "HangupExpired"): [],
+    ("restartable", "Start"): ["IllegalStateError"],
+    ("restartable", "Stop"): ["KillRun"],
+    ("restartable", "Release"): ["KillRun"],
+    ("restartable", "Suspend"): ["RunControl"],
+    ("restartable", "Resume"): ["RunControl"],
+    ("restartable", "GuestReported"): ["DisarmHangup", "payload_started", "Answer"],
+    ("restartable", "VmmRunning"): [],
+    ("restartable", "VmmGone"): ["DisarmHangup"],
+    ("restartable", "RunEnded"): ["DisarmHangup", "Clear", "died", "Finish"],
+    ("restartable", "RunFailed"): ["DisarmHangup", "EndRun", "died", "restarting", "ArmRestart"],
+    ("restartable", "HangupExpired"): ["hung_up", "KillRun"],
+    ("restartable", "RestartDue"): [],
+    ("waiting", "Start"): ["IllegalStateError"],
+    ("waiting", "Stop"): ["Clear", "died", "Answer", "Finish"],
+    ("waiting", "Release"): ["Clear", "died", "Answer", "Finish"],
+    ("waiting", "Suspend"): ["IllegalStateError"],
+    ("waiting", "Resume"): ["IllegalStateError"],
+    ("waiting", "GuestReported"): ["IllegalStateError"],
+    ("waiting", "VmmRunning"): [],
+    ("waiting", "VmmGone"): [],
+    ("waiting", "RunEnded"): [],
+    ("waiting", "RunFailed"): [],
+    ("waiting", "HangupExpired"): [],
+    ("waiting", "RestartDue"): ["SpawnRun", "ArmHangup"],
+    ("not started", "RunFailed"): [],
+    ("starting", "RunFailed"): ["DisarmHangup", "Clear", "died", "StartFailedError", "Finish"],
+    ("running", "RunFailed"): ["DisarmHangup", "Clear", "died", "Finish"],
+    ("dying", "RunFailed"): ["DisarmHangup", "Clear", "died", "Finish"],
+    ("dead", "RunFailed"): [],
+    ("not started", "RestartDue"): [],
+    ("starting", "RestartDue"): [],
+    ("running", "RestartDue"): [],
+    ("dying", "RestartDue"): [],
+    ("dead", "RestartDue"): [],
 }
 MESSAGES: dict[str, Message] = {
     "Start": Start(),
@@ -151,7 +200,9 @@ MESSAGES: dict[str, Message] = {
     "VmmRunning": VmmRunning(1),
     "VmmGone": VmmGone(1),
     "RunEnded": ENDED,
+    "RunFailed": CRASHED,
     "HangupExpired": HangupExpired(1),
+    "RestartDue": RestartDue(1),
 }
 
 
@@ -390,6 +441,110 @@ def test_a_death_refuses_the_control_requests_that_wait() -> None:
     assert refused == {"a", "b"}
 
 
+# -- Restarts ------------------------------------------------------------------------------------------
+
+
+def crash(life: Life, at: float, lasted: float = 0.0) -> tuple[Life, list[Action]]:
+    """A run that is up fails."""
+    up = replace(life, phase=Phase.RUNNING)
+    return transition(up, replace(CRASHED, generation=life.generation, at=at, lasted=lasted))
+
+
+def test_a_failed_run_is_followed_by_the_next_generation_after_a_delay() -> None:
+    life, actions = crash(RESTARTABLE, at=100.0)
+    died, restarting = [action.event for action in actions if isinstance(action, Publish)]
+    assert isinstance(died, Died)
+    assert (died.generation, died.final) == (1, False)
+    assert restarting == Restarting(delay=1.0, restarts=1)
+    assert (life.phase, life.generation, life.payload) == (Phase.WAITING, 2, PayloadState.STARTING)
+    assert life.public_state is VirtualMachineState.STARTING
+    life, actions = transition(life, RestartDue(2))
+    assert actions == [SpawnRun(2), ArmHangup(2)]
+    assert life.restart_delay is None
+
+
+def test_delays_grow_until_a_run_was_stable() -> None:
+    life, delays = RESTARTABLE, []
+    for at, lasted in (0.0, 1.0), (100.0, 1.0), (200.0, 1.0), (300.0, 10.0), (400.0, 9.9):
+        life, _ = crash(life, at, lasted)
+        delays.append(life.restart_delay)
+    assert delays == [1.0, 2.0, 4.0, 1.0, 2.0]
+    assert life.restarts.total == 5
+
+
+def test_giving_up_is_told_before_the_last_death_of_the_same_generation() -> None:
+    life, _ = crash(RESTARTABLE, at=0.0)
+    life, _ = crash(life, at=30.0)
+    assert life.phase is Phase.WAITING
+    within, actions = crash(life, at=60.0)
+    assert kinds(actions) == ["DisarmHangup", "Clear", "gave_up", "died", "Finish"]
+    assert within.phase is Phase.DEAD
+    assert Publish(RestartsExhausted(restarts=2, failures=3, period=60.0)) in actions
+    assert _died(actions).final
+    later, _ = crash(life, at=60.1)
+    assert later.phase is Phase.WAITING
+
+
+@pytest.mark.parametrize("asked", [Stop(), Release()])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_vm_that_somebody_stops_is_not_started_again(asked: Message, gone: bool) -> None:
+    always = replace(RESTARTABLE, restarts=Restarts(RestartPolicy(when=Restart.PERMANENT)))
+    steps: list[Any] = [VmmGone(1), (asked, "who")] if gone else [(asked, "who"), VmmGone(1)]
+    life, actions = play(*steps, CRASHED, life=always)
+    assert life.phase is Phase.DEAD
+    assert kinds(actions)[-4:] == ["Clear", "died", "Answer", "Finish"]
+
+
+def test_a_stop_while_a_restart_is_waited_for_ends_the_generation_that_waits() -> None:
+    life, _ = crash(RESTARTABLE, at=0.0)
+    dead, actions = transition(life, Stop(), "who")
+    assert (dead.phase, dead.generation, dead.restart_delay) == (Phase.DEAD, 2, None)
+    assert _died(actions).reason is DeathReason.KILLED
+    assert _died(actions).final
+    assert actions[-2:] == [Answer("who"), Finish()]
+
+
+@pytest.mark.parametrize("when", [Restart.TRANSIENT, Restart.PERMANENT])
+@pytest.mark.parametrize("payload", [None, "started", "ready", "finished", "failed", "error"])
+@pytest.mark.parametrize("reason", [DeathReason.SHUTDOWN, DeathReason.REBOOT, DeathReason.KILLED])
+def test_a_run_failed_where_the_command_line_would_say_so(
+    when: Restart, payload: str | None, reason: DeathReason
+) -> None:
+    reports: dict[str | None, list[Message]] = {
+        None: [], "started": [STARTED], "ready": [STARTED, READY], "failed": [FINISHED], "error": [FAILED],
+        "finished": [GuestReported(1, NotifyPayloadFinished(0))],
+    }  # fmt: skip
+    up = replace(RUNNING, restarts=Restarts(RestartPolicy(when=when)))
+    life, actions = play(*reports[payload], RunEnded(1, reason), life=up)
+    events = [action.event for action in actions if isinstance(action, Publish)]
+    failed = exit_code(event for event in events if not isinstance(event, Restarting)) != 0
+    assert (life.phase is Phase.WAITING) == (failed or when is Restart.PERMANENT)
+
+
+def test_what_never_came_up_is_not_started_again() -> None:
+    life, actions = transition(replace(STARTING, restarts=Restarts(POLICY)), CRASHED)
+    assert life.phase is Phase.DEAD
+    assert "StartFailedError" in kinds(actions)
+
+
+def test_a_restart_that_does_not_come_up_counts_as_a_failure() -> None:
+    life, _ = crash(RESTARTABLE, at=0.0)
+    life, _ = transition(life, RestartDue(2))
+    life, _ = transition(life, RunEnded(2, DeathReason.START_FAILED, at=1.0))
+    assert (life.phase, life.generation, life.restart_delay) == (Phase.WAITING, 3, 2.0)
+
+
+def test_a_vm_of_which_a_process_lives_on_is_not_started_again() -> None:
+    life, actions = transition(RESTARTABLE, replace(CRASHED, survivors="its VMM (process 7)"))
+    assert life.phase is Phase.DEAD
+    assert kinds(actions) == ["DisarmHangup", "Clear", "died", "Finish"]
+
+
+def test_a_policy_that_never_restarts_is_refused() -> None:
+    with pytest.raises(IllegalArgumentError):
+        RestartPolicy(when=Restart.TEMPORARY)
+
+
 STALE: list[Message] = [
     GuestReported(1, NotifyPayloadStarted()),
     VmmSpawned(1, 5),
@@ -398,6 +553,7 @@ STALE: list[Message] = [
     RunEnded(1, DeathReason.CRASH),
     HangupExpired(1),
     ControlDone(1, None),
+    RestartDue(1),
 ]
 
 
@@ -415,7 +571,7 @@ def test_a_report_of_a_guest_proves_that_its_vmm_runs() -> None:
     assert life.phase is Phase.RUNNING
 
 
-GENERATIONS = st.sampled_from([0, 1, 1, 1, 2])
+GENERATIONS = st.sampled_from([0, 1, 1, 1, 2, 2, 3])
 ANYTHING: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([Start(), Stop(), Release(), Suspend(), Resume()]),
     st.builds(VmmSpawned, GENERATIONS, st.just(7)),
@@ -428,6 +584,7 @@ ANYTHING: st.SearchStrategy[Any] = st.one_of(
         failure=st.sampled_from(["", "HANGUP", "x"]),
     ),
     st.builds(HangupExpired, GENERATIONS),
+    st.builds(RestartDue, GENERATIONS),
     st.builds(ControlDone, GENERATIONS, st.none() | st.just(VmmError("no"))),
     st.builds(
         GuestReported,
@@ -439,34 +596,46 @@ ANYTHING: st.SearchStrategy[Any] = st.one_of(
 )
 
 
-@given(st.lists(ANYTHING, max_size=40), st.none() | st.just(30.0))
-def test_no_order_of_messages_breaks_the_rules(messages: list[Message], hangup: float | None) -> None:
-    life = Life(hangup)
+@given(
+    st.lists(ANYTHING, max_size=40),
+    st.none() | st.just(30.0),
+    st.sampled_from([None, POLICY, RestartPolicy(when=Restart.PERMANENT)]),
+)
+def test_no_order_of_messages_breaks_the_rules(
+    messages: list[Message], hangup: float | None, policy: RestartPolicy | None
+) -> None:
+    life = Life(hangup, restarts=Restarts(policy))
     history: list[Action] = []
+    generations: list[int] = []
     open_asks: set[int] = set()
     for number, message in enumerate(messages):
         before = life
         if isinstance(message, Request):
             open_asks.add(number)
         life, actions = transition(life, message, number)
-        assert life.payload >= before.payload
         assert life.generation - before.generation in (0, 1)
+        assert life.payload >= before.payload or life.generation > before.generation
         for action in actions:
             if isinstance(action, Answer | Refuse) and action.reply is not None:
                 assert action.reply in open_asks, "answered twice, or never asked"
                 open_asks.remove(action.reply)
+            if isinstance(action, Publish):
+                generations.append(action.event.generation or life.generation)
         history += actions
     names = kinds(history)
-    assert names.count("died") + names.count("removed") <= 1
-    assert names.count("Finish") == names.count("died") + names.count("removed")
     events = [a.event for a in history if isinstance(a, Publish)]
-    if any(isinstance(event, Died | Removed) for event in events):
-        assert isinstance(events[-1], Died | Removed), "died is last"
+    assert generations == sorted(generations)
+    for generation in set(generations):
+        of_it = [e for e, g in zip(events, generations, strict=True) if g == generation]
+        assert not any(isinstance(event, Died | Removed) for event in of_it[:-1]), "died once, and last"
+        assert generation == life.generation or isinstance(of_it[-1], Died)
+        told = [event.kind for event in of_it if event.kind.startswith("payload")]
+        order = ["payload_started", "payload_ready", "payload_finished"]
+        assert told == sorted(set(told), key=order.index)
+    assert names.count("Finish") == sum(map(is_end, events)) <= 1
+    if any(map(is_end, events)):
+        assert is_end(events[-1]), "the end is last"
         assert not open_asks, "whoever asked was answered before the end"
         assert life.phase is Phase.DEAD
-    payload_events = [e.kind for e in events if e.kind.startswith("payload")]
-    assert payload_events == sorted(
-        set(payload_events), key=["payload_started", "payload_ready", "payload_finished"].index
-    )
     if "payload_started" in names:
         assert names.index("started") < names.index("payload_started")

@@ -13,6 +13,7 @@ Everything that users need is here; modules below are details.
 """
 
 from vmactor.actors.handle import VirtualMachine
+from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.service import VirtualizationService
 from vmactor.bus import Overflow, Subscription
 from vmactor.config import DiskImage, Partition, RawConfig
@@ -55,6 +56,8 @@ from vmactor.messages import (
     PayloadState,
     Removed,
     Requester,
+    Restarting,
+    RestartsExhausted,
     Resumed,
     Snapshot,
     Started,
@@ -64,12 +67,14 @@ from vmactor.messages import (
     VmInfo,
     VsockMessage,
 )
+from vmactor.restarts import Backoff, Restart, RestartLimit
 from vmactor.vsock import VsockAttribute, VsockListener, VsockStream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActorDiedError",
+    "Backoff",
     "CpuTopology",
     "Created",
     "DeadlineExceededError",
@@ -99,6 +104,11 @@ __all__ = [
     "Removed",
     "Requester",
     "ResourceExhaustedError",
+    "Restart",
+    "RestartLimit",
+    "RestartPolicy",
+    "Restarting",
+    "RestartsExhausted",
     "Resumed",
     "SecurityError",
     "ServiceSpecificError",

@@ -380,10 +380,11 @@ class VsockMessage(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Died(Event):
-    """The VM has ended: exactly once per generation, and its last event.
+    """A run of the VM has ended: exactly once per generation, and its last event.
 
     Attributes:
         reason: Why.
+        final: Whether this is the VM's end too; else it is started again, in the next generation.
         exit_code: The VMM's exit status, if it exited and we were the one to learn it.
         signal: The signal that ended the VMM, if one did.
         failure: What the guest wrote to the failure port, cut to a bound.
@@ -395,6 +396,7 @@ class Died(Event):
 
     kind = "died"
     reason: DeathReason
+    final: bool = True
     exit_code: int | None = None
     signal: int | None = None
     failure: str = ""
@@ -402,6 +404,36 @@ class Died(Event):
     console_tail: str = ""
     console_dropped: int = 0
     elapsed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restarting(Event):
+    """The VM will be started again; the first event of its next generation.
+
+    Attributes:
+        delay: Seconds until then.
+        restarts: How often it was started again, this time included.
+    """
+
+    kind = "restarting"
+    delay: float = 0.0
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartsExhausted(Event):
+    """The VM ended too often to be started again; its final ``died`` comes next.
+
+    Attributes:
+        restarts: How often it was started again.
+        failures: Ends within the period, this one included: one more than are borne.
+        period: Seconds.
+    """
+
+    kind = "gave_up"
+    restarts: int = 0
+    failures: int = 0
+    period: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,6 +449,11 @@ class Gap(Event):
 
     kind = "gap"
     missed: int
+
+
+def is_end(event: Event) -> bool:
+    """Whether an event is the last one of its VM."""
+    return isinstance(event, Removed) or (isinstance(event, Died) and event.final)
 
 
 # -- Records ---------------------------------------------------------------------------------------
@@ -476,7 +513,7 @@ class VmInfo:
     Attributes:
         cid: Context identifier.
         name: As its creator gave it.
-        generation: Number of the current or last run; 0 if never started.
+        generation: Number of the current or last run, or of the one that is waited for; 0 if never started.
         state: Public state.
         payload: Payload state, independent of the VM's.
         driver: VMM driver.
@@ -488,7 +525,9 @@ class VmInfo:
         requester_pid: Process that asked for the VM.
         created: When it was created, UTC.
         started: When its start was asked for, UTC.
-        died: Its terminal event, if it is dead.
+        died: How its last run ended, if one has; its terminal event, if it is dead.
+        restarts: How often it was started again by itself.
+        restart_due: When it will be started again, UTC, while it waits for that.
     """
 
     cid: int
@@ -506,6 +545,8 @@ class VmInfo:
     created: datetime
     started: datetime | None = None
     died: Died | None = field(default=None, compare=False)
+    restarts: int = 0
+    restart_due: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as other processes and ``--json`` see it; without ``died``, which is an event."""

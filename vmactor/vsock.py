@@ -275,6 +275,12 @@ class VsockListener:
             path.unlink(missing_ok=True)
         await anyio.lowlevel.checkpoint()
 
+    def refuse_waiting(self) -> None:
+        """Close all connections that nobody has accepted yet; does not wait. Nothing happens when closed."""
+        with suppress(OSError):  # at the end of the queue
+            while True:
+                self._waitable.sock.accept()[0].close()
+
     def _count_refused(self, reason: str) -> None:
         self.refused += 1
         # Only powers of two are logged: whoever keeps knocking must not fill the disk with our log.

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from vmactor.bus import Bus
-from vmactor.messages import Died, Event, Gap, Removed, Snapshot
+from vmactor.messages import Event, Gap, Snapshot, is_end
 
 HISTORY: Final = 4096
 """How many events are kept for subscribers that were away."""
@@ -59,4 +59,4 @@ def _gap(last: Event, missed: int) -> Gap:
 
 
 def _stream_ended(event: Event) -> tuple[int, int] | None:
-    return (event.cid, event.generation) if isinstance(event, Died | Removed) else None
+    return (event.cid, event.generation) if is_end(event) else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
+from vmactor.actors.restart_policy import RestartPolicy, Restarts, run_failed
 from vmactor.errors import (
     DeadlineExceededError,
     IllegalStateError,
@@ -38,6 +39,8 @@ from vmactor.messages import (
     PayloadState,
     Release,
     Removed,
+    Restarting,
+    RestartsExhausted,
     Resume,
     Resumed,
     Start,
@@ -66,6 +69,8 @@ class Phase(Enum):
     STARTING = "starting"
     """A VMM is being spawned, or has not said yet that it runs."""
     RUNNING = "running"
+    WAITING = "waiting"
+    """Between two runs: the next one's generation has begun, its VMM is not spawned yet."""
     DYING = "dying"
     """The VMM is gone; what it left is being read and cleared away."""
     DEAD = "dead"
@@ -119,6 +124,9 @@ class RunEnded:
         console_dropped: Console bytes not kept.
         survivors: The run's processes that outlived SIGKILL, for people.
         cause: The error because of which there was no VMM.
+        at: When it ended, on the loop's clock.
+        lasted: Seconds that it took.
+        chance: A number from 0 to 1: chance enters with the message, as time does.
     """
 
     generation: int
@@ -131,11 +139,21 @@ class RunEnded:
     console_dropped: int = 0
     survivors: str = ""
     cause: Exception | None = None
+    at: float = 0.0
+    lasted: float = 0.0
+    chance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class HangupExpired:
     """The payload had its time to report."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestartDue:
+    """The back-off before a run is over."""
 
     generation: int
 
@@ -159,6 +177,7 @@ Message = (
     | VmmGone
     | RunEnded
     | HangupExpired
+    | RestartDue
     | ControlDone
 )
 
@@ -190,11 +209,24 @@ class DisarmHangup:
 
 
 @dataclass(frozen=True, slots=True)
+class ArmRestart:
+    """Send ``RestartDue`` after so many seconds."""
+
+    generation: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunControl:
     """Carry out a control request on the VMM and send ``ControlDone``."""
 
     generation: int
     control: Control
+
+
+@dataclass(frozen=True, slots=True)
+class EndRun:
+    """Stop what belongs to the run that is over; RPC server, files and CID stay for the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +262,18 @@ class Finish:
 
 
 Action = (
-    SpawnRun | KillRun | ArmHangup | DisarmHangup | RunControl | Clear | Publish | Answer | Refuse | Finish
+    SpawnRun
+    | KillRun
+    | ArmHangup
+    | DisarmHangup
+    | ArmRestart
+    | RunControl
+    | EndRun
+    | Clear
+    | Publish
+    | Answer
+    | Refuse
+    | Finish
 )
 
 # -- State -------------------------------------------------------------------------------------------
@@ -244,10 +287,14 @@ class Life:
         hangup_timeout: Seconds a payload has to report its start, or None where nobody watches.
         phase: Where the process is.
         payload: How far the payload has come.
-        generation: Number of the current or last run.
+        generation: Number of the current or last run, or of the one that is waited for.
+        restarts: Whether it is started again, and how often it was.
+        restart_delay: Seconds that the next run is waited for, while it is.
         pid: The VMM's process, while there is one.
         suspended: Whether the virtual CPUs are paused.
-        killed: Whether this run is being killed on request.
+        killed: Whether this run is being killed, on request or for a hang-up.
+        stopping: Whether somebody asked for the VM's end; then no run follows.
+        payload_failed: Whether the payload reported an error, or another exit code than 0.
         starter: Who waits for the start.
         stoppers: Who waits for the end.
         controls: Control requests in order, with who waits; the first is being carried out.
@@ -259,9 +306,13 @@ class Life:
     phase: Phase = Phase.NOT_STARTED
     payload: PayloadState = PayloadState.STARTING
     generation: int = 0
+    restarts: Restarts = Restarts()  # noqa: RUF009 - immutable
+    restart_delay: float | None = None
     pid: int | None = None
     suspended: bool = False
     killed: bool = False
+    stopping: bool = False
+    payload_failed: bool = False
     starter: Hashable = None
     stoppers: tuple[Hashable, ...] = ()
     controls: tuple[tuple[Control, Hashable], ...] = ()
@@ -274,6 +325,8 @@ class Life:
         match self.phase:
             case Phase.NOT_STARTED:
                 return VirtualMachineState.NOT_STARTED
+            case Phase.WAITING:
+                return VirtualMachineState.STARTING
             case Phase.DYING | Phase.DEAD:
                 return VirtualMachineState.DEAD
         return {
@@ -293,7 +346,7 @@ class Life:
 Step = tuple[Life, list[Action]]
 
 
-def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  # noqa: PLR0911 - a table
+def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  # noqa: PLR0911, PLR0912 - a table
     """What a message does to a VM.
 
     Args:
@@ -328,6 +381,8 @@ def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  #
             return _ended(life, message)
         case HangupExpired():
             return _hangup(life)
+        case RestartDue():
+            return _restart(life)
         case ControlDone(error=error):
             return _control_done(life, error)
 
@@ -335,15 +390,26 @@ def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  #
 def _start(life: Life, reply: Hashable) -> Step:
     if life.phase is not Phase.NOT_STARTED:
         return life, [Refuse(reply, IllegalStateError("VM already started or failed"))]
-    generation = life.generation + 1
-    actions: list[Action] = [SpawnRun(generation)]
+    return _spawn(replace(life, generation=life.generation + 1, starter=reply))
+
+
+def _restart(life: Life) -> Step:
+    return _spawn(replace(life, restart_delay=None)) if life.phase is Phase.WAITING else (life, [])
+
+
+def _spawn(life: Life) -> Step:
+    actions: list[Action] = [SpawnRun(life.generation)]
     if life.hangup_timeout is not None:
-        actions.append(ArmHangup(generation))
-    return replace(life, phase=Phase.STARTING, generation=generation, starter=reply), actions
+        actions.append(ArmHangup(life.generation))
+    return replace(life, phase=Phase.STARTING), actions
 
 
 def _stop(life: Life, reply: Hashable) -> Step:
-    waiting = replace(life, stoppers=(*life.stoppers, reply))
+    waiting = replace(life, stoppers=(*life.stoppers, reply), stopping=True)
+    if life.phase is Phase.WAITING:
+        died = Died(reason=DeathReason.KILLED, detail="stopped while it waited to be started again")
+        dead = replace(life, phase=Phase.DEAD, restart_delay=None, stopping=True)
+        return dead, [Clear(), Publish(died), Answer(reply), Finish()]
     if life.alive:
         return replace(waiting, killed=True), [KillRun()]
     if life.phase is Phase.DYING:
@@ -377,7 +443,9 @@ def _guest(life: Life, report: GuestReport, reply: Hashable) -> Step:
     running, actions = _running(life)
     if life.payload is PayloadState.STARTING:
         actions.append(DisarmHangup())
-    return replace(running, payload=new), [*actions, Publish(event), Answer(reply)]
+    failed = isinstance(event, PayloadError) or (isinstance(event, PayloadFinished) and event.exit_code != 0)
+    told = replace(running, payload=new, payload_failed=life.payload_failed or failed)
+    return told, [*actions, Publish(event), Answer(reply)]
 
 
 def _effect(report: GuestReport) -> tuple[PayloadState, Event]:
@@ -445,7 +513,7 @@ def _control_done(life: Life, error: VmactorError | None) -> Step:
 
 
 def _ended(life: Life, run: RunEnded) -> Step:
-    if life.phase in (Phase.NOT_STARTED, Phase.DEAD):
+    if life.phase in (Phase.NOT_STARTED, Phase.WAITING, Phase.DEAD):
         return life, []
     left = f"{run.survivors} survived SIGKILL, so its directory and CID are kept" if run.survivors else ""
     reason = death_reason_of_text(run.failure)
@@ -461,18 +529,62 @@ def _ended(life: Life, run: RunEnded) -> Step:
         console_tail=run.console_tail,
         console_dropped=run.console_dropped,
     )
-    actions: list[Action] = [DisarmHangup(), Clear(), Publish(died)]
+    gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")
+    refused: list[Action] = [Refuse(reply, gone) for _, reply in life.controls]
+    over = replace(life, pid=None, controls=(), suspended=False)
+    exhausted: list[Action] = []
+    if _comes_back(life, run, reason):
+        restarts, delay = life.restarts.after(run.at, run.lasted, run.chance)
+        if delay is not None:
+            return _wait_for_restart(replace(over, restarts=restarts), died, delay, refused)
+        exhausted = [Publish(_exhausted(restarts))]
+        why = (died.detail, "it ended too often to be started again")
+        died = replace(died, detail="\n".join(filter(None, why)))
+    actions: list[Action] = [DisarmHangup(), Clear(), *exhausted, Publish(died)]
     if life.starter is not None:
         actions.append(Refuse(life.starter, _start_error(life, run)))
-    gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")
-    actions += [Refuse(reply, gone) for _, reply in life.controls]
+    actions += refused
     actions += [
         Refuse(reply, DeadlineExceededError(left)) if left else Answer(reply) for reply in life.stoppers
     ]
     actions.append(Finish())
-    pid = life.pid if left else None
-    dead = replace(life, phase=Phase.DEAD, pid=pid, starter=None, stoppers=(), controls=(), suspended=False)
+    dead = replace(over, phase=Phase.DEAD, pid=life.pid if left else None, starter=None, stoppers=())
     return replace(dead, survivors=run.survivors), actions
+
+
+def _comes_back(life: Life, run: RunEnded, reason: DeathReason) -> bool:
+    """Whether the end of a run calls for another run.
+
+    Not if somebody wants the VM's end; nor if something of it lives on, in the next one's place. A VM that
+    never came up is its creator's affair: ``start`` tells why.
+    """
+    if life.stopping or run.survivors or life.starter is not None:
+        return False
+    return life.restarts.wanted(failed=run_failed(reason, life.payload, payload_failed=life.payload_failed))
+
+
+def _wait_for_restart(life: Life, died: Died, delay: float, refused: list[Action]) -> Step:
+    """End a run and begin the next generation, with the wait for its VMM."""
+    following = replace(
+        life,
+        phase=Phase.WAITING,
+        generation=life.generation + 1,
+        payload=PayloadState.STARTING,
+        payload_failed=False,
+        killed=False,
+        restart_delay=delay,
+    )
+    told = Restarting(delay=delay, restarts=life.restarts.total)
+    # The last word on the old generation comes before the first on the new one: the actor stamps events with
+    # the state's generation, so the old one names its own.
+    last = Publish(replace(died, generation=life.generation, final=False))
+    arm = ArmRestart(following.generation, delay)
+    return following, [DisarmHangup(), EndRun(), last, *refused, Publish(told), arm]
+
+
+def _exhausted(restarts: Restarts) -> RestartsExhausted:
+    limit = (restarts.policy or RestartPolicy()).limit
+    return RestartsExhausted(restarts=restarts.total, failures=len(restarts.recent), period=limit.period)
 
 
 def _start_error(life: Life, run: RunEnded) -> VmactorError:

@@ -6,6 +6,7 @@ descriptor or socket of the run is left.
 """
 
 import os
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -83,6 +84,7 @@ class RunSpec:
         vhost_fd: An open vhost-vsock device with the CID claimed, where the kernel does vsock.
         helper: The vhost-device-vsock executable, where that does it; without either the VMM itself does.
         spawner: Spawns its processes.
+        renew: Makes the VM's place ready for another run; may raise ``OSError``.
     """
 
     name: str
@@ -94,6 +96,7 @@ class RunSpec:
     vhost_fd: int | None
     helper: Path | None
     spawner: Spawner = Spawner()  # noqa: RUF009 - immutable
+    renew: Callable[[], None] = lambda: None
 
 
 class Run:
@@ -111,6 +114,7 @@ class Run:
         self._spec = spec
         self._generation = generation
         self._post = post
+        self._began = anyio.current_time()
         self._killed = False
         self._startup: anyio.CancelScope | None = None
         self._failure: VmmExit | None = None
@@ -159,7 +163,7 @@ class Run:
             pipes = self._pipes = _Pipes(self._spec.sinks)
         except (OSError, VmactorError) as error:
             exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
-            self._post(RunEnded(self._generation, DeathReason.START_FAILED, detail=str(exhausted)))
+            self._post(self.account(VmmExit(UNKNOWN, DeathReason.START_FAILED, str(exhausted))))
             return
         try:
             async with anyio.create_task_group() as drains:
@@ -187,6 +191,9 @@ class Run:
             detail=ended.detail,
             survivors=" and ".join(self.survivors),
             cause=self._cause,
+            at=anyio.current_time(),
+            lasted=anyio.current_time() - self._began,
+            chance=random.random(),  # noqa: S311 - it spreads restarts, it keeps no secret
         )
         if self._pipes is None:
             return known
@@ -205,6 +212,8 @@ class Run:
                 with anyio.CancelScope() as self._startup:
                     if self._killed:
                         self._startup.cancel()
+                    if self._generation > 1:
+                        self._spec.renew()
                     config = await self._look_at_disks()
                     await self._start_helper(stack)
                     self.vmm = await self._spawn(stack, pipes, config)

@@ -132,6 +132,22 @@ class Places:
         """A process of the dead VM lives on: its directory and its CID stay as they are."""
         self._kept.add(cid)
 
+    def renew(self, place: Place) -> None:
+        """Make a place ready for the next VMM in it.
+
+        Raises:
+            OSError: The vhost-vsock device cannot be had again, or somebody took the CID meanwhile.
+        """
+        if place.vhost_fd is not None:
+            # A vhost device is its first user's for ever, and a CID is one device's; so what is behind the
+            # number goes before the CID is claimed again.
+            device = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.dup2(device, place.vhost_fd, inheritable=False)
+            finally:
+                os.close(device)
+            _claim_in_kernel(place.vhost_fd, place.cid)
+
     def clear(self, cid: int) -> None:
         """Remove a VM's directory, unless it is kept. Never raises."""
         if cid not in self._kept:
@@ -143,8 +159,7 @@ class Places:
         if self._selection.vsock == "kernel":
             vhost_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
             attempt.callback(os.close, vhost_fd)
-            # The kernel refuses a CID that any other VM on the host has; ours is claimed from here on.
-            fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))
+            _claim_in_kernel(vhost_fd, cid)
             kernel = KernelVsockTransport(cid)
             return Place(cid, directory, spawner, kernel, kernel.listen(cid), vhost_fd, None)
         hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._vsock_peer, cid))
@@ -162,3 +177,8 @@ class Places:
     def _release(self, cid: int) -> None:
         if cid not in self._kept:
             self._state.cids.release(cid)
+
+
+def _claim_in_kernel(vhost_fd: int, cid: int) -> None:
+    """The kernel refuses a CID that any other VM on the host has; ours is claimed from here on."""
+    fcntl.ioctl(vhost_fd, SET_GUEST_CID, struct.pack("=Q", cid))

@@ -22,6 +22,7 @@ from vmactor.actors.event_bus import new_bus
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
+from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
@@ -132,6 +133,7 @@ class VirtualizationService:
         ramdump: int | None = None,
         hangup_detection: bool = False,
         hangup_timeout: float | None = None,
+        restart: RestartPolicy | None = None,
         requester: Requester | None = None,
     ) -> VirtualMachine:
         """Create a VM; it does not run yet.
@@ -143,6 +145,7 @@ class VirtualizationService:
             ramdump: The same for a crash dump (hvc1, up to 4 GiB).
             hangup_detection: Kill the VM if its payload does not report its start in time.
             hangup_timeout: Seconds for that; default 30, or 300 where the guest is emulated or nested.
+            restart: Start the VM again by these rules when a run ends that nobody stopped; never if None.
             requester: The user whose rights the VM's processes have; default this process's user. Another
                 one takes root, and that user must be allowed what the VMM needs (``/dev/kvm``, reading the
                 kernel's file).
@@ -191,6 +194,7 @@ class VirtualizationService:
                 place.vhost_fd,
                 place.helper,
                 place.spawner,
+                partial(self._places.renew, place),
             )
             info = VmInfo(
                 cid=place.cid,
@@ -207,7 +211,8 @@ class VirtualizationService:
                 requester_pid=os.getpid(),
                 created=datetime.now(UTC),
             )
-            return await self._start_actor(spec, info, place, timeout if hangup_detection else None, owned)
+            hangup = timeout if hangup_detection else None
+            return await self._start_actor(spec, info, place, owned, hangup_timeout=hangup, restart=restart)
 
     async def initialize_writable_partition(
         self, image: Descriptor, size: int, partition_type: PartitionType | int = PartitionType.RAW
@@ -269,7 +274,14 @@ class VirtualizationService:
             )
 
     async def _start_actor(
-        self, spec: RunSpec, info: VmInfo, place: Place, hangup_timeout: float | None, owned: ExitStack
+        self,
+        spec: RunSpec,
+        info: VmInfo,
+        place: Place,
+        owned: ExitStack,
+        *,
+        hangup_timeout: float | None,
+        restart: RestartPolicy | None,
     ) -> VirtualMachine:
         resources = owned.pop_all()
 
@@ -291,7 +303,7 @@ class VirtualizationService:
             give_back=give_back,
             abandon=abandon,
         )
-        actor = VmActor(spec, info, context, hangup_timeout)
+        actor = VmActor(spec, info, context, hangup_timeout, restart)
         self._actors[place.cid] = actor
         try:
             self._check_open()  # it may have ended while we looked for a place

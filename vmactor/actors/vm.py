@@ -1,14 +1,15 @@
 """The VM actor: owns one VM's state, feeds messages to ``lifecycle.transition`` and performs what it answers.
 
 One task runs ``VmActor.run``. Under the VM's own supervisor live the guest's RPC server, the run (helper,
-VMM, channels), the hang-up watch and the control request under way. All of them only send messages here.
+VMM, channels), the hang-up watch, the wait for a restart and the control request under way. All of them only
+send messages here.
 """
 
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import anyio
@@ -20,9 +21,11 @@ from vmactor.actors.lifecycle import (
     Action,
     Answer,
     ArmHangup,
+    ArmRestart,
     Clear,
     ControlDone,
     DisarmHangup,
+    EndRun,
     Finish,
     GuestReported,
     HangupExpired,
@@ -32,11 +35,13 @@ from vmactor.actors.lifecycle import (
     Phase,
     Publish,
     Refuse,
+    RestartDue,
     RunControl,
     SpawnRun,
     transition,
 )
 from vmactor.actors.monitor import Run, RunSpec
+from vmactor.actors.restart_policy import RestartPolicy, Restarts
 from vmactor.bus import Bus
 from vmactor.errors import ActorDiedError, IllegalStateError, MailboxFullError, VmactorError
 from vmactor.log import get_logger
@@ -110,7 +115,14 @@ class VmActor:
         created_seq: The bus's number of this VM's ``created`` event.
     """
 
-    def __init__(self, spec: RunSpec, info: VmInfo, context: VmContext, hangup_timeout: float | None) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        info: VmInfo,
+        context: VmContext,
+        hangup_timeout: float | None,
+        restart: RestartPolicy | None = None,
+    ) -> None:
         self.info = info
         self.mailbox: Mailbox[Message] = Mailbox(f"VM {spec.name} (CID {spec.cid})")
         self.run_under_way: Run | None = None
@@ -119,10 +131,10 @@ class VmActor:
         self._spec = spec
         self._context = context
         self.guest_calls = GuestRpcStatistics()
-        self._life = Life(hangup_timeout)
+        self._life = Life(hangup_timeout, restarts=Restarts(restart))
         self._due: deque[Action] = deque()
         self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
-        self._started_at = 0.0
+        self._started_at: dict[int, float] = {}  # of the run under way, by its generation
         self._log = get_logger(vm=spec.name, cid=spec.cid)
 
     def __repr__(self) -> str:
@@ -173,33 +185,33 @@ class VmActor:
                 self.mailbox.close()
 
     def _take(self, message: Message, reply: Hashable = None) -> None:
+        before = self._life.phase
         self._life, actions = transition(self._life, message, reply)
         self._due.extend(actions)
         if len(self._life.stoppers) > MANY_STOPPERS:
             waiting = [who for who in self._life.stoppers if isinstance(who, Reply) and not who.abandoned]
             self._life = replace(self._life, stoppers=tuple(waiting))
-        self._refresh()
+        self._refresh(before)
 
     async def _end_at_once(self) -> None:
         """Go on where the actor was interrupted, maybe in the middle of the exit, and end in order."""
+        self._take(Release())
         if self.run_under_way is not None:
             given_up = VmmExit(UNKNOWN, DeathReason.KILLED, "the manager gave the VM up")
             self._take(self.run_under_way.account(given_up))
-        else:
-            self._take(Release())
         self._due.appendleft(Clear())  # it may be the one that was interrupted
         with anyio.CancelScope(shield=True):
             while self._due:
                 action = self._due.popleft()
                 try:
-                    if not isinstance(action, SpawnRun | ArmHangup | RunControl):
+                    if not isinstance(action, SpawnRun | ArmHangup | ArmRestart | RunControl):
                         await self._perform(action)
                 except Exception as fault:
                     self._log.error("a fault at a VM's end", action=type(action).__name__, exc_info=fault)
 
     # -- Performing actions -----------------------------------------------------------------------
 
-    async def _perform(self, action: Action) -> None:
+    async def _perform(self, action: Action) -> None:  # noqa: PLR0912 - a table
         match action:
             case SpawnRun(generation):
                 await self._spawn(generation)
@@ -209,13 +221,18 @@ class VmActor:
             case ArmHangup(generation):
                 await self._supervisor.stop("hangup")
                 await self._supervisor.start(
-                    "hangup", _Timer(self._life.hangup_timeout, self._post, generation)
+                    "hangup", _Timer(self._life.hangup_timeout, self._post, HangupExpired(generation))
                 )
             case DisarmHangup():
                 await self._supervisor.stop("hangup")
+            case ArmRestart(generation, seconds):
+                await self._supervisor.stop("restart")  # it has just sent its RestartDue, if any
+                await self._supervisor.start("restart", _Timer(seconds, self._post, RestartDue(generation)))
             case RunControl(generation, control):
                 await self._supervisor.stop("control")  # it has just sent its ControlDone
                 await self._supervisor.start("control", _ControlRequest(self, generation, control))
+            case EndRun():
+                await self._end_run()
             case Clear():
                 await self._clear()
             case Publish(event):
@@ -231,15 +248,21 @@ class VmActor:
                     self.ended.set()
 
     async def _spawn(self, generation: int) -> None:
-        self._started_at = anyio.current_time()
+        self._started_at = {generation: anyio.current_time()}
         self.run_under_way = Run(self._spec, generation, self._post)
         await self._supervisor.start("guest-rpc", _GuestRpc(self, generation))
         await self._supervisor.start("run", self.run_under_way.run)
 
-    async def _clear(self) -> None:
+    async def _end_run(self) -> None:
         for child in ("control", "guest-rpc", "run"):
             await self._supervisor.stop(child)
         self.run_under_way = None
+        self._context.transport.close()
+        self._context.listener.refuse_waiting()  # else the next run would be told what this one's guest said
+
+    async def _clear(self) -> None:
+        await self._supervisor.stop("restart")
+        await self._end_run()
         try:
             await self._context.listener.aclose()
         finally:
@@ -271,7 +294,7 @@ class VmActor:
         stamped = self._context.bus.publish(self._headed(event))
         if isinstance(stamped, Died):
             self.info = replace(self.info, died=stamped)
-        self._log.info(event.kind, generation=self._life.generation, seq=stamped.seq)
+        self._log.info(event.kind, generation=stamped.generation, seq=stamped.seq)
         return stamped
 
     async def publish_and_wait(self, event: Event) -> None:
@@ -282,21 +305,23 @@ class VmActor:
         now = anyio.current_time()
         header: dict[str, Any] = {
             "cid": self._spec.cid,
-            "generation": self._life.generation,
+            "generation": event.generation or self._life.generation,
             "name": self._spec.name,
             "driver": self._spec.driver.name,
             "time": datetime.now(UTC),
             "monotonic": now,
         }
         if isinstance(event, PayloadStarted | Died):
-            header["elapsed"] = now - self._started_at
+            header["elapsed"] = now - self._started_at.get(header["generation"], now)
         return replace(event, **header)
 
-    def _refresh(self) -> None:
+    def _refresh(self, before: Phase) -> None:
         life = self._life
-        started = self.info.started
-        if life.phase is Phase.STARTING and self.info.generation != life.generation:
+        started, due = self.info.started, None
+        if life.phase is Phase.STARTING and before is not Phase.STARTING:
             started = datetime.now(UTC)
+        if life.restart_delay is not None:
+            due = self.info.restart_due or datetime.now(UTC) + timedelta(seconds=life.restart_delay)
         info = replace(
             self.info,
             generation=life.generation,
@@ -305,6 +330,8 @@ class VmActor:
             suspended=life.suspended,
             pid=life.pid,
             started=started,
+            restarts=life.restarts.total,
+            restart_due=due,
         )
         if info != self.info:
             self.info = info
@@ -313,18 +340,18 @@ class VmActor:
 
 
 class _Timer:
-    """Sends one ``HangupExpired``."""
+    """Sends one message later."""
 
-    def __init__(self, seconds: float | None, post: Callable[[Message], None], generation: int) -> None:
+    def __init__(self, seconds: float | None, post: Callable[[Message], None], message: Message) -> None:
         self._seconds = seconds
         self._post = post
-        self._generation = generation
+        self._message = message
 
     async def __call__(self, *, task_status: TaskStatus[None]) -> None:
         task_status.started()
         if self._seconds is not None:
             await anyio.sleep(self._seconds)
-            self._post(HangupExpired(self._generation))
+            self._post(self._message)
 
 
 class _GuestRpc:

@@ -34,6 +34,7 @@ from vmactor.messages import (
     PayloadFinished,
     PayloadReady,
     PayloadStarted,
+    Restarting,
 )
 
 
@@ -75,7 +76,8 @@ def exit_code(events: Iterable[Event]) -> ExitCode:
     """The exit status that one VM's life deserves.
 
     Args:
-        events: Its events in order; a life without ``died`` is a fault of ours.
+        events: Its events in order; a life without ``died`` is a fault of ours. Of a VM that was started
+            again, the last run counts.
     """
     reported = False
     finished: int | None = None
@@ -83,6 +85,8 @@ def exit_code(events: Iterable[Event]) -> ExitCode:
     reason: DeathReason | None = None
     for event in events:
         match event:
+            case Restarting():
+                reported, finished, error, reason = False, None, False, None
             case PayloadStarted() | PayloadReady():
                 reported = True
             case PayloadFinished(exit_code=code):

@@ -12,10 +12,11 @@ from typing import Self
 
 import anyio
 
-from vmactor import Died, Event, Removed, StartFailedError, Subscription, VirtualMachine, VmactorError
+from vmactor import Event, StartFailedError, Subscription, VirtualMachine, VmactorError
 from vmactor.cli.exit_codes import ExitCode
 from vmactor.cli.output import EventPrinter, print_error, to_stderr
 from vmactor.cli.stdio import STDOUT, Writer
+from vmactor.messages import is_end
 
 LAST_WORDS_SECONDS = 2.0
 """How long the last events of a VM may take to be written once its command is being ended."""
@@ -109,7 +110,7 @@ async def follow(vm: VirtualMachine, events: Subscription[Event], printer: Event
     life = Life(vm, events, printer)
     async with life:
         await life.start()
-        await life.until(Died)
+        await life.until_end()
     return life.seen
 
 
@@ -155,10 +156,15 @@ class Life:
     async def until(self, kind: type[Event]) -> bool:
         """Show events until one of this kind has come; False if the VM ended first."""
         while not any(isinstance(event, kind) for event in self.seen):
-            if any(isinstance(event, Died | Removed) for event in self.seen):
+            if any(is_end(event) for event in self.seen):
                 return False
             await self._show(await anext(self._events))
         return True
+
+    async def until_end(self) -> None:
+        """Show events until the VM's last one has come."""
+        while not any(is_end(event) for event in self.seen):
+            await self._show(await anext(self._events))
 
     async def _show(self, event: Event) -> None:
         self.seen.append(event)

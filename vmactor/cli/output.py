@@ -25,6 +25,8 @@ from vmactor.messages import (
     PayloadReady,
     PayloadStarted,
     Removed,
+    Restarting,
+    RestartsExhausted,
     Resumed,
     Snapshot,
     Started,
@@ -124,6 +126,10 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
             return f"{arrow}, port {event.port}: {shown(event.text)}", PLAIN
         case Died():
             return f"{event.reason.name} after {event.elapsed:.2f} s", GOOD if _in_order(event) else BAD
+        case Restarting():
+            return f"it will be started again in {event.delay:.2f} s (restart {event.restarts})", ODD
+        case RestartsExhausted():
+            return f"{event.failures} ends within {event.period:g} s are too many: it is given up", BAD
         case Removed():
             return "given back; it was never started", ODD
         case Snapshot():

@@ -65,6 +65,14 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
         type=_positive_seconds,
         help="kill the VM if its payload has not reported its start after S seconds (default: wait for ever)",
     )
+    run.add_argument(
+        "--restart",
+        nargs="?",
+        choices=("on-failure", "always"),
+        const="on-failure",
+        help="start the VM again when it has ended, on failure (also without a value) or always; up to 3 "
+        "times within 60 s, after 1, 2 and 4 s (default: never)",
+    )
     _add_state_dir(run)
     _add_json(run, "print events as JSON, one object a line")
 

@@ -11,7 +11,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
-from vmactor import CpuTopology, RawConfig, VirtualizationService, load_config
+from vmactor import CpuTopology, RawConfig, Restart, RestartPolicy, VirtualizationService, load_config
 from vmactor.cli.exit_codes import ExitCode, exit_code
 from vmactor.cli.lifetime import follow, run_to_the_end
 from vmactor.cli.output import EventPrinter, brackets, print_error
@@ -19,6 +19,7 @@ from vmactor.cli.stdio import STDERR, STDOUT, Reader, Writer, is_terminal
 from vmactor.text import escape_bytes
 
 MAX_LINE: Final = 4096
+RESTARTS: Final = {"on-failure": Restart.TRANSIENT, "always": Restart.PERMANENT}
 
 
 def run(args: argparse.Namespace) -> ExitCode:
@@ -43,6 +44,7 @@ async def _run(args: argparse.Namespace) -> ExitCode:
                         log=sinks[args.log],
                         hangup_detection=args.hangup_timeout is not None,
                         hangup_timeout=args.hangup_timeout,
+                        restart=RestartPolicy(when=RESTARTS[args.restart]) if args.restart else None,
                     )
                     life = await follow(vm, events, printer)
     return exit_code(life)
