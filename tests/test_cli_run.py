@@ -10,7 +10,6 @@ import pytest
 
 from tests.cli_process import SECONDS, Cli, cli, closed_reader, rows, until, write_config
 from vmactor.cli.run import shown_line
-from vmactor.state_dir import StateDirectory
 
 __all__ = ["cli"]
 """A fixture is named by its parameters only."""
@@ -219,26 +218,24 @@ def test_a_terminal_sees_the_guests_console_escaped(cli: Cli, guest_dir: Path, t
 
 
 @pytest.mark.guest
-def test_a_manager_that_was_killed_leaves_an_orphan_that_is_listed(
+def test_what_a_killed_manager_left_is_listed_and_the_next_one_ends_it(
     cli: Cli, guest_dir: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, guest_dir, "hang")
     with cli.spawn("run", config, "--json") as process:
         cid = until(process.stdout, "started")["cid"]
         process.kill()
+    assert sorted("qemu" in command for command in cli.processes().values()) == [False, True]
     listed = cli.run("list")[1].splitlines()[1].split()
     assert listed[:3] == [str(cid), "scripted", "orphaned"]
     with cli.spawn("run", config, "--json") as process:
         assert until(process.stdout, "started")["cid"] == cid + 1
         process.terminate()
-        process.communicate(timeout=SECONDS)
-    assert sorted("qemu" in command for command in cli.processes().values()) == [False, True]
-    while orphans := cli.processes():
-        for pid in orphans:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    with StateDirectory(cli.state_dir) as state:
-        state.remove_vm_directory(cid)
+        _, err = process.communicate(timeout=SECONDS)
+    assert b"ended what a crashed manager left" in err
+    assert f"cid={cid}".encode() in err
+    assert cli.processes() == {}
+    assert cli.run("list")[1] == "no VMs\n"
 
 
 @pytest.mark.parametrize(

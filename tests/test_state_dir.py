@@ -164,7 +164,7 @@ async def test_managers_see_each_others_vms_and_which_of_them_live(tmp_path: Pat
         ]
 
 
-async def test_what_a_killed_manager_left_is_shown_kept_and_not_reused(tmp_path: Path) -> None:
+async def test_what_a_killed_manager_left_is_shown_and_its_cid_not_reused(tmp_path: Path) -> None:
     with OtherManager(tmp_path) as other, StateDirectory(tmp_path) as state:
         theirs = other.ask("vm")
         other.kill()

@@ -94,6 +94,22 @@ class CidPool:
         finally:
             self._lock(_COUNTER, fcntl.F_UNLCK)
 
+    def take(self, cid: int) -> bool:
+        """Claim a CID that a crashed manager had, to clear away what is left; False if somebody holds it.
+
+        Raises:
+            IllegalStateError: The pool is closed.
+        """
+        self._check_open()
+        if cid in self._held:
+            return False
+        try:
+            self._lock(_CLAIM_LOCKS + cid, fcntl.F_WRLCK)
+        except OSError:
+            return False
+        self._held.add(cid)
+        return True
+
     def release(self, cid: int) -> None:
         """Give a CID back; it rests for 10 s at least. Nothing happens if it is not ours. Never raises."""
         if cid in self._held:

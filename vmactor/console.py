@@ -25,6 +25,13 @@ import anyio.lowlevel
 
 from vmactor.log import get_logger
 
+CONSOLE_TAIL: Final = 16 * 1024
+"""Bytes of a console's end that are kept for people."""
+FAILURE_CAP: Final = 4 * 1024
+"""Bytes of the failure text that are kept, from its beginning: that is where the reason stands."""
+FAILURE_TAIL: Final = 64 * 1024
+STDERR_TAIL: Final = 4 * 1024
+
 _READ_SIZE: Final = 65536
 _PENDING_MAX: Final = 4 * _READ_SIZE
 

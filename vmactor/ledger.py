@@ -243,6 +243,8 @@ class _Spawns:
             return
         self._expect(entry, "done", len(self.processes) - 1)
         last = self.processes.pop()
+        if last.pid is not None:
+            raise LedgerError("its ledger is out of order")
         start, exe = entry.get("start"), entry.get("exe")
         executable = None
         if isinstance(exe, list) and len(exe) == 2 and all(type(number) is int for number in exe):
@@ -267,13 +269,15 @@ def _read(path: Path) -> bytes:
         if error.errno in _NOT_A_FILE:
             raise LedgerError(f"its ledger is no file: {error.strerror}") from error
         raise
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise LedgerError("its ledger is no file")
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise LedgerError("its ledger could have been written by others")
-        data = file.read(SIZE + 1)
+        data = os.read(fd, SIZE + 1)
+    finally:
+        os.close(fd)
     if len(data) > SIZE:
         raise LedgerError(f"its ledger is longer than {SIZE} bytes")
     return data

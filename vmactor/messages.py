@@ -444,6 +444,40 @@ class Removed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reaped(Event):
+    """A VM that a crashed manager had left behind was ended, its directory removed and its CID freed.
+
+    Its ``died`` was never published. The generation is the last one that its manager recorded.
+
+    Attributes:
+        ended: The processes that still lived, for people; empty if all had ended before.
+        failure: What was in the failure channel.
+        detail: What is known beyond that: processes that had ended before, the VMM's last words.
+        console_tail: The end of what was in the console's channel.
+    """
+
+    kind = "reaped"
+    ended: tuple[str, ...] = ()
+    failure: str = ""
+    detail: str = ""
+    console_tail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphaned(Event):
+    """A VM that a crashed manager had left behind was kept as it is, because not all of it is known.
+
+    Attributes:
+        detail: Why.
+        directory: What to remove when its processes were seen to; its CID is not used until then.
+    """
+
+    kind = "orphaned"
+    detail: str = ""
+    directory: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gap(Event):
     """This subscriber was too slow and missed events; ``seq`` is that of the last one missed."""
 

@@ -100,7 +100,7 @@ class Process:
     def __init__(self, pid: int, pidfd: int | None, args: tuple[str, ...]) -> None:
         self.pid = pid
         self.args = args
-        self.start_time = _start_time(pid) if pidfd is not None else None
+        self.start_time = start_time_of(pid) if pidfd is not None else None
         self._pidfd = pidfd
         self._status = UNKNOWN if pidfd is None else None
         self._watched: anyio.Event | None = None
@@ -140,7 +140,7 @@ class Process:
             IllegalArgumentError: An argument or variable that no process can get (it has a NUL byte, say).
         """
         names = tuple(os.fspath(arg) for arg in args)
-        other = requester is not None and not _is_caller(requester)
+        other = requester is not None and not is_caller(requester)
         command = _as_other(requester, names) if requester is not None and other else names
 
         def start() -> "subprocess.Popen[bytes]":
@@ -281,7 +281,8 @@ class Process:
         return self._status is not None
 
 
-def _start_time(pid: int) -> int | None:
+def start_time_of(pid: int) -> int | None:
+    """When a process began, as ``Process.start_time``; None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
@@ -300,7 +301,7 @@ _INHERITABLE: Final = (2, 5)
 """Where the inheritable sets stand in the six words of the kernel's ``struct __user_cap_data_struct[2]``."""
 
 
-def _is_caller(requester: Requester) -> bool:
+def is_caller(requester: Requester) -> bool:
     """Whether these are the rights that this process has anyhow."""
     groups, ours = {*requester.groups, requester.gid}, {*os.getgroups(), os.getegid()}
     return (requester.uid, requester.gid, groups) == (os.geteuid(), os.getegid(), ours)

@@ -6,9 +6,10 @@
       cids                  counter, rests and claims (vmactor.cid)
       vm/<cid>/             one VM's private directory: sockets, and
       vm/<cid>/record.json  what other processes may know of it
+      vm/<cid>/ledger       its processes (vmactor.ledger)
 
-A directory whose CID nobody holds was left by a manager that crashed. It is never removed here, and its CID
-is not handed out again, because a VMM may still live in it.
+A directory whose CID nobody holds was left by a manager that crashed. Its CID is not handed out again before
+``vmactor.leftovers`` is done with it, because a VMM may still live in it.
 
 Nobody but the user (and root) can get in. A VM's own processes run as that user too, so a record is read with
 care: not through links, nothing but a plain file, no more than ``RECORD_SIZE`` bytes.
@@ -152,14 +153,32 @@ class StateDirectory:
         Each has ``alive`` added: whether its manager lives. Directories without a proper record are left out,
         and so is what comes or goes while we look. Never raises, unless the state directory is closed.
         """
-        found = {}
-        for name in _names(self.path / "vm"):
-            cid = int(name) if name.isascii() and name.isdigit() and len(name) <= len(str(LAST)) else 0
-            if FIRST <= cid <= LAST:
-                record = _read_record(self.vm_directory(cid) / "record.json")
-                if record is not None and record.get("cid") == cid:
-                    found[cid] = record | {"cid": cid, "alive": self.cids.is_held(cid)}
-        return [found[cid] for cid in sorted(found)]
+        found = ((cid, self.record(cid)) for cid in self.vm_cids())
+        return [
+            record | {"cid": cid, "alive": self.cids.is_held(cid)}
+            for cid, record in found
+            if record is not None
+        ]
+
+    def record(self, cid: int) -> dict[str, Any] | None:
+        """A VM's record; None if there is no proper one."""
+        record = _read_record(self.vm_directory(cid) / "record.json")
+        return record if record is not None and record.get("cid") == cid else None
+
+    def vm_cids(self) -> list[int]:
+        """The CIDs that have a directory, in ascending order. Never raises."""
+        numbers = (
+            int(name)
+            for name in _names(self.path / "vm")
+            if name.isascii() and name.isdigit() and len(name) <= len(str(LAST))
+        )
+        return sorted({cid for cid in numbers if FIRST <= cid <= LAST})
+
+    def is_empty(self, cid: int) -> bool:
+        """Whether a VM's directory is gone or has nothing in it."""
+        with suppress(OSError), os.scandir(self.vm_directory(cid)) as entries:
+            return next(entries, None) is None
+        return self._is_free(cid)
 
     def _is_free(self, cid: int) -> bool:
         return not os.path.lexists(self.vm_directory(cid))

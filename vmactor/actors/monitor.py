@@ -18,7 +18,7 @@ from anyio.abc import TaskStatus
 
 from vmactor.actors.lifecycle import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
 from vmactor.config import RawConfig
-from vmactor.console import Drain
+from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain
 from vmactor.errors import (
     DeadlineExceededError,
     IllegalStateError,
@@ -48,11 +48,6 @@ MIB: Final = 1 << 20
 CONSOLE_CAP: Final = 64 * MIB
 """Bytes of console, and of log, that are copied to a caller's file."""
 RAMDUMP_CAP: Final = 4096 * MIB
-CONSOLE_TAIL: Final = 16 * 1024
-FAILURE_CAP: Final = 4 * 1024
-"""Bytes of the failure text that are kept, from its beginning: that is where the reason stands."""
-FAILURE_TAIL: Final = 64 * 1024
-STDERR_TAIL: Final = 4 * 1024
 KILL_SECONDS: Final = 10.0
 """How long a killed process may take to end before it counts as a survivor."""
 END_GRACE: Final = 0.5

@@ -17,7 +17,9 @@ from typing import Final, Self
 
 import anyio
 import anyio.from_thread
+from anyio.abc import TaskStatus
 
+from vmactor import leftovers
 from vmactor.actors.event_bus import new_bus
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.monitor import RunSpec, Sinks
@@ -48,6 +50,7 @@ from vmactor.messages import (
     VmInfo,
 )
 from vmactor.platform_version import Version
+from vmactor.process import is_caller
 from vmactor.state_dir import StateDirectory, default_path
 from vmactor.supervisor import ChildExit, Decision, Strategy, Supervisor
 from vmactor.vmm.select import Selection, select
@@ -72,6 +75,9 @@ class VirtualizationService:
         state_directory: Shared by all managers of this user; default ``/run/vmactor`` for root, else
             ``$XDG_RUNTIME_DIR/vmactor``.
         facts: What the host can do; probed if not given.
+
+    What crashed managers left in the state directory is ended in the background after entering;
+    ``Reaped`` and ``Orphaned`` tell (docs/crash.md).
 
     Leaving its ``async with`` block kills every VM, all at once, and waits until nothing of them is left.
     """
@@ -107,7 +113,17 @@ class VirtualizationService:
         self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
         await self._supervisor.__aenter__()
         self._open = True
+        if left := leftovers.find(self._state):
+            await self._supervisor.start("reaper", partial(self._reap, left))
         return self
+
+    async def _reap(self, cids: list[int], *, task_status: TaskStatus[None]) -> None:
+        """End what crashed managers left, while new VMs can be created already."""
+        task_status.started()
+        try:
+            await leftovers.reap(self._state, cids, self.bus.publish)
+        except OSError as error:  # no descriptor, say: the next manager will try again
+            logger.error("cannot clear away what a crashed manager left", error=str(error))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -164,7 +180,7 @@ class VirtualizationService:
             SecurityError: A requester other than this process's user, and this is not root.
         """
         self._check_open()
-        if requester is not None and requester.uid != os.geteuid() != 0:
+        if requester is not None and not is_caller(requester) and os.geteuid() != 0:
             raise SecurityError("only root can run a VM for another user: leave the requester out")
         driver = self._selection.driver
         self._check(config)
