@@ -12,7 +12,7 @@ import pykka
 import sniffio
 import trio
 
-from vmactor.waiting import waiter_type
+from vmactor.waiting import waiter_type, wake
 
 MESSAGES = 20_000
 ASKS = 3_000
@@ -199,7 +199,7 @@ async def fan_out_floor() -> float:
             await all_wait()
             began = time.perf_counter()
             for waiter in waiting:
-                waiter.wake()
+                wake(waiter)
             await all_seen.wait()
             took += time.perf_counter() - began
     return EVENTS * SUBSCRIBERS / took

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -12,7 +13,7 @@ import trio.testing
 import uvloop
 from outcome import Outcome
 
-from vmactor.waiting import Deadlines, Waiter, waiter_type
+from vmactor.waiting import Deadlines, Waiter, expire, waiter_type, wake, within
 
 pytestmark = pytest.mark.anyio
 
@@ -22,25 +23,26 @@ async def test_a_wait_ends_when_it_is_woken_and_not_before() -> None:
     order: list[str] = []
 
     async def wait() -> None:
-        await waiter
+        assert await waiter
         order.append("woken")
 
     async with anyio.create_task_group() as tg:
         tg.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
+        assert not waiter.done()
         order.append("wake")
-        waiter.wake()
+        wake(waiter)
     assert order == ["wake", "woken"]
-    assert waiter.woken
+    assert waiter.done()
 
 
 async def test_a_wake_before_the_wait_is_not_lost() -> None:
     for seconds in (None, 5, math.inf):
         waiter = waiter_type()()
-        waiter.wake()
-        waiter.wake()
+        wake(waiter)
+        wake(waiter)
         with anyio.fail_after(5):
-            await (waiter if seconds is None else waiter.within(seconds))
+            await (waiter if seconds is None else within(waiter, seconds))
 
 
 @pytest.mark.virtual_time
@@ -48,11 +50,27 @@ async def test_a_wake_before_the_wait_is_not_lost() -> None:
 async def test_a_deadline_ends_the_wait_without_waking_it(seconds: int) -> None:
     waiter = waiter_type()()
     before = anyio.current_time()
-    await waiter.within(seconds)
+    assert not await within(waiter, seconds)
     assert anyio.current_time() - before == pytest.approx(max(seconds, 0))
-    assert not waiter.woken
-    waiter.wake()
-    assert waiter.woken
+    wake(waiter)
+
+
+async def test_a_wait_that_expires_ends_without_having_been_woken() -> None:
+    for early in (True, False):
+        waiter = waiter_type()()
+        async with anyio.create_task_group() as tg:
+            if early:
+                expire(waiter)
+            else:
+                tg.start_soon(call_when_all_wait, expire, waiter)
+            assert not await waiter
+        expire(waiter)
+        wake(waiter)
+
+
+async def call_when_all_wait(act: Callable[[Waiter], None], waiter: Waiter) -> None:
+    await anyio.wait_all_tasks_blocked()
+    act(waiter)
 
 
 @pytest.mark.virtual_time
@@ -61,15 +79,14 @@ async def test_a_wake_in_time_leaves_no_timer_behind(seconds: float) -> None:
     waiter = waiter_type()()
     before = anyio.current_time()
 
-    async def wake() -> None:
+    async def wake_later() -> None:
         await anyio.sleep(1)
-        waiter.wake()
+        wake(waiter)
 
     async with anyio.create_task_group() as tg:
-        tg.start_soon(wake)
-        await waiter.within(seconds)
+        tg.start_soon(wake_later)
+        assert await within(waiter, seconds)
     assert anyio.current_time() - before == pytest.approx(1)
-    assert waiter.woken
 
 
 @pytest.mark.parametrize("seconds", [None, 60])
@@ -79,7 +96,7 @@ async def test_a_wait_can_be_cancelled_and_a_wake_afterwards_does_nothing(second
 
     async def wait() -> None:
         try:
-            await (waiter if seconds is None else waiter.within(seconds))
+            await (waiter if seconds is None else within(waiter, seconds))
         except anyio.get_cancelled_exc_class():
             ended.append("cancelled")
             raise
@@ -89,7 +106,7 @@ async def test_a_wait_can_be_cancelled_and_a_wake_afterwards_does_nothing(second
         await anyio.wait_all_tasks_blocked()
         tg.cancel_scope.cancel()
     assert ended == ["cancelled"]
-    waiter.wake()
+    wake(waiter)
     await anyio.lowlevel.checkpoint()
 
 
@@ -97,7 +114,7 @@ async def test_a_wait_within_a_cancelled_scope_ends() -> None:
     waiter = waiter_type()()
     with anyio.CancelScope() as scope:
         scope.cancel()
-        await waiter.within(1000)
+        await within(waiter, 1000)
     assert scope.cancelled_caught
 
 
@@ -108,8 +125,7 @@ async def test_a_cancellation_does_not_reach_a_shielded_wait() -> None:
     async def wait() -> None:
         nonlocal passed
         with anyio.CancelScope(shield=True):
-            await waiter.within(60)
-            passed = waiter.woken
+            passed = await within(waiter, 60)
 
     async with anyio.create_task_group() as tg:
         tg.start_soon(wait)
@@ -117,7 +133,7 @@ async def test_a_cancellation_does_not_reach_a_shielded_wait() -> None:
         tg.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
             await anyio.wait_all_tasks_blocked()
-        waiter.wake()
+        wake(waiter)
     assert passed
 
 
@@ -125,9 +141,8 @@ async def test_a_cancellation_does_not_reach_a_shielded_wait() -> None:
 async def test_a_deadline_of_a_scope_around_it_counts_as_well() -> None:
     waiter = waiter_type()()
     with anyio.move_on_after(5) as scope:
-        await waiter.within(30)
+        await within(waiter, 30)
     assert scope.cancelled_caught
-    assert not waiter.woken
 
 
 @pytest.mark.parametrize("wake_first", [False, True])
@@ -145,12 +160,12 @@ async def test_a_wake_and_a_cancellation_in_the_same_moment_end_the_wait_once(wa
     async with anyio.create_task_group() as tg:
         tg.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
-        for act in (waiter.wake, scope.cancel) if wake_first else (scope.cancel, waiter.wake):
+        for act in (partial(wake, waiter), scope.cancel)[:: 1 if wake_first else -1]:
             act()
     # What comes second finds the wait ended; only asyncio lets a wake overtake a cancellation under way.
     assert ends in (["woken", "left"], ["left"])
     assert not wake_first or "woken" in ends
-    assert waiter.woken
+    assert waiter.done()
 
 
 @pytest.mark.parametrize("woken", [False, True])
@@ -160,17 +175,17 @@ def test_asyncios_own_cancellation_ends_a_wait_woken_or_not(run: Callable[..., N
         waiter = waiter_type()()
 
         async def wait() -> None:
-            await waiter.within(60)
+            await within(waiter, 60)
 
         task = asyncio.create_task(wait())
         await asyncio.sleep(0)
         if woken:
-            waiter.wake()
+            wake(waiter)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert waiter.woken is woken
-        waiter.wake()
+        assert waiter.done()
+        wake(waiter)
 
     run(main())
 
@@ -190,7 +205,7 @@ async def test_thousands_who_wait_are_all_woken() -> None:
             tg.start_soon(wait, number)
         await anyio.wait_all_tasks_blocked()
         for waiter in waiters:
-            waiter.wake()
+            wake(waiter)
     assert sorted(woken) == list(range(2000))
 
 
@@ -243,22 +258,16 @@ def test_a_loop_that_runs_as_the_guest_of_another_has_its_own_kind() -> None:
         async def guest() -> type[Waiter]:
             waiter = waiter_type()()
 
-            async def wake() -> None:
-                await trio.testing.wait_all_tasks_blocked()
-                waiter.wake()
-
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(wake)
-                await waiter.within(60)
-            assert waiter.woken
-            host_woken.wake()
+                nursery.start_soon(call_when_all_wait, wake, waiter)
+                assert await within(waiter, 60)
+            wake(host_woken)
             return type(waiter)
 
         trio.lowlevel.start_guest_run(
             guest, run_sync_soon_threadsafe=loop.call_soon_threadsafe, done_callback=ended.set_result
         )
-        await host_woken.within(60)
-        assert host_woken.woken
+        assert await within(host_woken, 60)
         assert (await ended).unwrap() is not type(host_woken) is waiter_type()
 
     asyncio.run(main())

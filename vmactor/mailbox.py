@@ -17,7 +17,7 @@ import anyio.lowlevel
 
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
 from vmactor.request import Request
-from vmactor.waiting import Deadlines, Waiter, waiter_type
+from vmactor.waiting import Deadlines, Waiter, expire, waiter_type, wake
 
 R = TypeVar("R")
 M = TypeVar("M")
@@ -77,7 +77,7 @@ class Reply(Envelope[Any]):
 
     def expire(self) -> None:
         """Let the asker give up."""
-        self.waiter.expire()
+        expire(self.waiter)
 
 
 class Mailbox(Generic[M]):
@@ -265,9 +265,11 @@ class Mailbox(Generic[M]):
             self._wake_receiver()
 
     def _wake_receiver(self) -> None:
-        if self._asleep is not None:
-            self._asleep.wake()
+        asleep = self._asleep
+        if asleep is not None:
             self._asleep = None  # once is enough
+            if not asleep.done():
+                asleep.set_result(True)
 
     def _stand_in_line(
         self, envelope: Envelope[M], room: Waiter | None
@@ -305,7 +307,7 @@ class Mailbox(Generic[M]):
                     first, room = self._senders.popitem(last=False)
                     lane.append(first)
                     if room is not None:
-                        room.wake()
+                        wake(room)
                 return envelope
             if self._closed is not None:
                 self._check_open()
@@ -337,7 +339,9 @@ class Mailbox(Generic[M]):
         reply.done = True
         reply.value = value
         reply.error = error
-        reply.waiter.wake()
+        waiter = reply.waiter
+        if not waiter.done():  # as wake() does, without the call
+            waiter.set_result(True)
 
     def close(self, why: str = "has ended") -> list[M]:
         """Accept nothing more; every waiting asker, sender and receiver gets ``ActorDiedError``. Idempotent.
@@ -355,7 +359,7 @@ class Mailbox(Generic[M]):
         self._control = self._ordinary = None
         for room in (self._senders or {}).values():  # they find themselves in the line still
             if room is not None:
-                room.wake()
+                wake(room)
         for reply in self._asked.under_way if self._asked is not None else ():
             self._settle(reply, None, ActorDiedError(f"{self.name} {why}"))
         self._wake_receiver()

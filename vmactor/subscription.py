@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 
 from vmactor.errors import IllegalStateError, SlowSubscriberError
-from vmactor.waiting import Waiter, waiter_type
+from vmactor.waiting import Waiter, waiter_type, wake, within
 
 E = TypeVar("E")
 
@@ -256,11 +256,12 @@ class Subscription(Generic[E]):
             waiter = waiter_type()()
             self._publishers.append(waiter)
             try:
-                await waiter.within(since + self.choice.patience - anyio.current_time())
+                await within(waiter, since + self.choice.patience - anyio.current_time())
             finally:
-                if not waiter.woken:
+                in_vain = waiter in self._publishers
+                if in_vain:
                     self._publishers.remove(waiter)
-            if not waiter.woken:
+            if in_vain:
                 self._disconnect()
 
     def _make_room(self, crowded: "list[Subscription[E]] | None") -> bool:
@@ -295,10 +296,10 @@ class Subscription(Generic[E]):
 
     def _wake_reader(self) -> None:
         if self._asleep is not None:
-            self._asleep.wake()
+            wake(self._asleep)
             self._asleep = None  # once is enough
 
     def _wake_publishers(self) -> None:
         for waiter in self._publishers:
-            waiter.wake()
+            wake(waiter)
         self._publishers.clear()

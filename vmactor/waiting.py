@@ -18,106 +18,92 @@ from asyncio import Future
 from collections.abc import Callable, Generator
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+import anyio
 import sniffio
 
 
 class Waiter(Protocol):
-    """One wait of one task: made by that task, awaited by it at most once, woken by anybody.
+    """One wait of one task: made by that task, awaited by it at most once, ended by anybody.
 
-    Attributes:
-        woken: Whether ``wake`` was called, be it too late.
+    On asyncio this is the loop's own future: a class of ours around it would cost as much again.
     """
 
-    woken: bool
-
-    def wake(self) -> None:
-        """End the wait, or let it not begin. Idempotent."""
+    def done(self) -> bool:
+        """Whether the wait was ended, by whatever means."""
         ...
 
-    def expire(self) -> None:
-        """End the wait as at a deadline: without waking it."""
+    def set_result(self, woken: bool, /) -> None:
+        """End a wait that is not done, or let it not begin; see ``wake`` and ``expire``."""
         ...
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        """Return when woken, or expired."""
-        ...
-
-    async def within(self, seconds: float) -> None:
-        """Return when woken, or when so many seconds are over; ``woken`` tells which.
-
-        Infinity is allowed. At 0 or below, those who can run now may still wake it.
-        """
+    def __await__(self) -> Generator[Any, Any, bool]:
+        """Wait until woken or expired; whether it was woken."""
         ...
 
 
-class _AsyncioWaiter:
-    __slots__ = ("_future", "woken")
+def wake(waiter: Waiter) -> None:
+    """End the wait, or let it not begin. Idempotent."""
+    if not waiter.done():  # it is, after a deadline or a cancellation
+        waiter.set_result(True)
 
-    def __init__(self) -> None:
-        self.woken = False
-        self._future: Future[None] = Future()  # of the loop that runs
 
-    def wake(self) -> None:
-        self.woken = True
-        if not self._future.done():  # it is, after a deadline or a cancellation
-            self._future.set_result(None)
+def expire(waiter: Waiter) -> None:
+    """End the wait as at a deadline: without waking it."""
+    if not waiter.done():
+        waiter.set_result(False)
 
-    def expire(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._future.__await__()  # itself, so that waking costs no step of a coroutine between
+async def within(waiter: Waiter, seconds: float) -> bool:
+    """Wait until woken, or until so many seconds are over; whether it was woken.
 
-    async def within(self, seconds: float) -> None:
+    Infinity is allowed. At 0 or below, those who can run now may still wake it.
+    """
+    if isinstance(waiter, Future):
         if seconds == math.inf:  # no timer that would wake an idle loop once a day
-            await self._future
-            return
-        timer = self._future.get_loop().call_later(seconds, self.expire)
+            return await waiter  # type: ignore[no-any-return]
+        timer = waiter.get_loop().call_later(seconds, expire, waiter)
         try:
-            await self._future
+            return await waiter  # type: ignore[no-any-return]
         finally:
             timer.cancel()
+    with anyio.move_on_after(seconds):
+        return await waiter
+    return False
 
 
 def _trio_waiter() -> type[Waiter]:
     """Made on first use: trio is optional."""
-    import trio  # noqa: PLC0415
     from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled  # noqa: PLC0415
 
     class TrioWaiter:
-        __slots__ = ("_task", "woken")
+        __slots__ = ("_result", "_task")
 
         def __init__(self) -> None:
-            self.woken = False
+            self._result: bool | None = None
             self._task: Task | None = None
 
-        def wake(self) -> None:
-            self.woken = True
-            self.expire()
+        def done(self) -> bool:
+            return self._result is not None
 
-        def expire(self) -> None:
-            task, self._task = self._task, None
-            if task is not None:
-                reschedule(task)
+        def set_result(self, woken: bool, /) -> None:
+            self._result = woken
+            if self._task is not None:
+                reschedule(self._task)
 
-        def __await__(self) -> Generator[Any, Any, None]:
-            if not self.woken:
+        def __await__(self) -> Generator[Any, Any, bool]:
+            if self._result is None:
                 self._task = current_task()
                 yield from wait_task_rescheduled(self._abort).__await__()  # noqa: ASYNC105 - this is await
-
-        async def within(self, seconds: float) -> None:
-            with trio.CancelScope(deadline=trio.current_time() + seconds):
-                await self
+            return self._result is True
 
         def _abort(self, _raise_cancel: Any) -> Abort:
-            self._task = None
+            self._result = False
             return Abort.SUCCEEDED
 
     return TrioWaiter
 
 
-_types: Final[dict[str, type[Waiter]]] = {"asyncio": _AsyncioWaiter}
+_types: Final[dict[str, type[Waiter]]] = {"asyncio": Future}
 
 
 def waiter_type() -> type[Waiter]:
