@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest demo test check lab bench clean
+.PHONY: help setup guest demo test check lab bench fuzz clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -33,7 +33,10 @@ lab: guest  ## Run the tests that need KVM, vhost-vsock and AF_VSOCK, in a guest
 	@$(BIN)/python -m tools.kernel_lab $(ARGS)
 
 bench: guest  ## Measure what the manager adds to a boot
-	@set -e; for name in bench_boot bench_runtime; do $(BIN)/python -m "bench.$$name" $(ARGS); done
+	@set -e; for name in bench_boot bench_runtime bench_images; do $(BIN)/python -m "bench.$$name" $(ARGS); done
+
+fuzz: setup  ## Fuzz the parsers of foreign files (more time, some only: ARGS='600 qcow2')
+	@$(BIN)/python -m tools.fuzz $(ARGS)
 
 clean:  ## Remove everything built or downloaded, but not .venv
 	@rm -rf build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

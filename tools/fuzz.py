@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Fuzz the parsers of files that anybody may have written, guided by coverage (atheris, on libFuzzer).
+
+    python -m tools.fuzz SECONDS [TARGET...]
+
+Each target gets that many seconds, in a process of its own, with a corpus in ``build/fuzz/TARGET`` that grows
+from run to run. Anything but a typed error is a finding, and so is an input that takes 10 s or 512 MiB: its
+bytes are kept beside the corpus, and the status is 1. A finding becomes a test before it is mended.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+BUILD: Final = ROOT / "build" / "fuzz"
+INSTRUMENTED: Final = ["vmactor.images"]
+"""Packages whose branches count as coverage."""
+SECONDS: Final = 60
+MAX_BYTES: Final = 1 << 16
+MAX_ERROR: Final = 2000
+
+
+class Target(NamedTuple):
+    """A parser to be fuzzed.
+
+    Attributes:
+        make: Imports what is needed, so that it is instrumented, and returns what takes the input. That may
+            raise ``VmactorError``.
+        seeds: Inputs to begin with.
+    """
+
+    make: Callable[[], Callable[[bytes], None]]
+    seeds: Callable[[], list[bytes]]
+
+
+def through_a_file(parse: Callable[[int], object]) -> Callable[[bytes], None]:
+    """Turn a parser of descriptors into one of bytes; one file in memory is used for all inputs."""
+    fd = os.memfd_create("fuzz")
+
+    def run(data: bytes) -> None:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, data, 0)
+        parse(fd)
+
+    return run
+
+
+# -- Targets -----------------------------------------------------------------------------------------
+
+
+def _qcow2() -> Callable[[bytes], None]:
+    from vmactor.images import qcow2  # noqa: PLC0415
+
+    read = through_a_file(qcow2.read)
+    return lambda data: read(qcow2.MAGIC + data[4:])
+
+
+def _qcow2_seeds() -> list[bytes]:
+    from tests.images import extension, qcow2_header  # noqa: PLC0415
+    from vmactor.images.qcow2 import new_image  # noqa: PLC0415
+
+    small = {"cluster_bits": 9, "l1_offset": 512, "refcounts_offset": 1024, "size": 1 << 15}
+    names = extension(0x44415441, b"data") + extension(0xE2792ACA, b"raw")
+    made = bytearray(MAX_BYTES)
+    for offset, data in new_image(10 << 20).pieces:
+        made[offset : offset + len(data)] = data[: max(0, MAX_BYTES - offset)]
+    return [
+        qcow2_header(**small)[:2048],
+        qcow2_header(names, **small, backing_offset=200, backing_length=4)[:2048],
+        qcow2_header(**small, snapshots=1, snapshots_offset=1536)[:4096],
+        bytes(made[:MAX_BYTES]),
+    ]
+
+
+def _sparse() -> Callable[[bytes], None]:
+    from vmactor.images import android_sparse  # noqa: PLC0415
+
+    read = through_a_file(android_sparse.virtual_size)
+    return lambda data: read(android_sparse.MAGIC + data[4:])
+
+
+def _sparse_seeds() -> list[bytes]:
+    import struct  # noqa: PLC0415
+
+    chunks = [(0xCAC1, 1, bytes(16)), (0xCAC2, 2, b"abcd"), (0xCAC3, 1, b""), (0xCAC4, 0, b"1234")]
+    body = b"".join(
+        struct.pack("<HHII", kind, 0, blocks, 12 + len(data)) + data for kind, blocks, data in chunks
+    )
+    return [struct.pack("<IHHHHIIII", 0xED26FF3A, 1, 0, 28, 12, 16, 4, len(chunks), 0) + body]
+
+
+def _kinds() -> Callable[[bytes], None]:
+    from vmactor.config import DiskImage, RawConfig  # noqa: PLC0415
+    from vmactor.images.disks import lock_formats  # noqa: PLC0415
+    from vmactor.images.kinds import inspect  # noqa: PLC0415
+
+    def both(fd: int) -> None:
+        config = RawConfig(name="vm", kernel=fd, disks=[DiskImage(fd)])
+        assert lock_formats(config).disks[0].format == inspect(fd).kind
+
+    return through_a_file(both)
+
+
+def _kinds_seeds() -> list[bytes]:
+    return [
+        *_qcow2_seeds(),
+        *_sparse_seeds(),
+        b"composite_disk\x1d",
+        b"\x28\xb5\x2f\xfd",
+        b"\x5a\x2a\x4d\x18",
+    ]
+
+
+TARGETS: Final[Mapping[str, Target]] = {
+    "qcow2": Target(_qcow2, _qcow2_seeds),
+    "android-sparse": Target(_sparse, _sparse_seeds),
+    "kinds": Target(_kinds, _kinds_seeds),
+}
+
+
+# -- Running -----------------------------------------------------------------------------------------
+
+
+def fuzz(name: str, seconds: int) -> None:
+    """Fuzz one target in this process; does not return."""
+    import atheris  # noqa: PLC0415
+
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        parse = TARGETS[name].make()
+    from vmactor.errors import VmactorError  # noqa: PLC0415
+
+    def once(data: bytes) -> None:
+        try:
+            parse(data)
+        except VmactorError as error:
+            if len(str(error)) > MAX_ERROR:
+                raise ValueError("an error longer than anybody reads") from error
+
+    corpus = BUILD / name / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(TARGETS[name].seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    options = {
+        "max_total_time": seconds,
+        "max_len": MAX_BYTES,
+        "timeout": 10,
+        "rss_limit_mb": 512,
+        "artifact_prefix": f"{BUILD / name}/",
+        "print_final_stats": 1,
+        "verbosity": 0,
+    }
+    atheris.Setup([sys.argv[0], *(f"-{key}={value}" for key, value in options.items()), str(corpus)], once)
+    atheris.Fuzz()
+
+
+def main() -> int:
+    """Fuzz the targets one after the other."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--one"]:
+        fuzz(arguments[1], int(arguments[2]))
+    seconds = int(arguments.pop(0)) if arguments and arguments[0].isdigit() else SECONDS
+    if unknown := set(arguments) - set(TARGETS):
+        sys.exit(f"fuzz: no target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    failed = []
+    for name in arguments or TARGETS:
+        print(f"fuzz: {name}, {seconds} s", flush=True)
+        command = [sys.executable, "-m", "tools.fuzz", "--one", name, str(seconds)]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"fuzz: findings in {', '.join(failed)}; see above and {BUILD.relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
