@@ -358,11 +358,12 @@ async def test_giving_up_goes_to_the_supervisor_above_which_may_start_all_of_it_
     assert cause.child == "leaf"
 
 
-async def test_nothing_is_started_again_once_a_supervisor_has_given_up() -> None:
-    house = House(limit=RestartLimit(0), decide=ignore)
-    with pytest.raises(RestartLimitReachedError):
+async def test_nothing_is_started_again_once_a_supervisor_escalates() -> None:
+    house = House()
+    with pytest.raises(ChildFailedError, match="child a failed"):
         async with house.supervisor:
-            [a, b] = await house.add("ab")
+            [a] = await house.add("a", Restart.TEMPORARY)
+            [b] = await house.add("b")
             a.fail()
             try:
                 await anyio.sleep_forever()
@@ -370,6 +371,20 @@ async def test_nothing_is_started_again_once_a_supervisor_has_given_up() -> None
                 with anyio.CancelScope(shield=True):
                     b.fail()
                     await anyio.sleep(1)
+    assert " ".join(house.log) == "a+ b+ a- b-"
+
+
+async def test_nothing_is_started_again_once_the_block_is_left() -> None:
+    house = House(decide=ignore)
+    async with anyio.create_task_group() as tg, house.supervisor as supervisor:
+        [a] = await house.add("a")
+        await supervisor.start("b", Kid(house.log, "b", clean_up=10), restart=Restart.PERMANENT)
+
+        async def fail() -> None:
+            await anyio.sleep(5)
+            a.fail()
+
+        tg.start_soon(fail)
     assert " ".join(house.log) == "a+ b+ a- b-"
 
 
@@ -750,16 +765,25 @@ async def test_a_child_that_begins_to_serve_as_a_sibling_falls_is_started_again_
         assert log.count("a+") == 1
 
 
-async def test_a_child_cannot_start_others_while_it_is_itself_restarted_together_with_them() -> None:
+@pytest.mark.parametrize("in_a_task_of_its_own", [False, True])
+async def test_a_child_cannot_start_others_while_it_is_itself_restarted_together_with_them(
+    in_a_task_of_its_own: bool,
+) -> None:
     house = House(strategy=Strategy.ONE_FOR_ALL)
     refused: list[Exception] = []
 
+    async def start_another() -> None:
+        try:
+            await house.supervisor.start("b", Kid(house.log, "b"))
+        except IllegalStateError as error:
+            refused.append(error)
+
     async def parent(*, task_status: TaskStatus[int]) -> None:
-        with suppress(ValueError):  # the second time it is there
-            try:
-                await house.supervisor.start("b", Kid(house.log, "b"))
-            except IllegalStateError as error:
-                refused.append(error)
+        if in_a_task_of_its_own:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(start_another)
+        else:
+            await start_another()
         await Kid(house.log, "p")(task_status=task_status)
 
     async with house.supervisor:

@@ -270,8 +270,11 @@ class Supervisor:
     async def _ready_to_start(self) -> None:
         self._check_open()
         while (together := self._restarters.get(None)) is not None and together.task is not None:
+            caller = host()
             for child in self._children.values():
-                if child.due and child.task is not None and child.task.is_current:
+                if (
+                    child.due and child.task is not None and child.task is caller
+                ):  # they would wait for each other
                     raise IllegalStateError(
                         f"{self.name}: child {child.spec.name} cannot start others while it is restarted; "
                         "let it serve first"
