@@ -6,7 +6,9 @@ with more to show adds its part to both.
 
 import argparse
 import os
-import stat
+import shutil
+import string
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +20,12 @@ from vmactor.cli.lifetime import run_to_the_end
 from vmactor.cli.output import shown, table, to_json
 from vmactor.cli.stdio import STDOUT, Writer
 from vmactor.errors import ImageError
-from vmactor.images.kinds import inspect
+from vmactor.images.composite import Specification
+from vmactor.images.files import open_image
+from vmactor.images.kinds import ImageInfo, inspect
+from vmactor.images.partitions import FoundPartition, in_composite, in_image
 from vmactor.images.qcow2 import Qcow2
+from vmactor.messages import ImageKind
 from vmactor.text import escape
 
 _NAMES: Final = {
@@ -29,6 +35,8 @@ _NAMES: Final = {
     "android-sparse": "Android sparse image",
     "zstd": "compressed with zstd",
 }
+
+_SIGNS: Final = string.digits[1:] + string.ascii_letters
 
 
 def run(args: argparse.Namespace) -> ExitCode:
@@ -50,9 +58,10 @@ def describe(path: Path) -> dict[str, Any]:
         ImageError: It cannot be opened, is no file, or broken; the message names it.
     """
     try:
-        fd = _open(path)
+        fd = open_image(path)
         try:
             info = inspect(fd)
+            partitions = _partitions(fd, path, info)
         finally:
             os.close(fd)
     except OSError as error:
@@ -68,19 +77,24 @@ def describe(path: Path) -> dict[str, Any]:
     }
     if isinstance(info.details, Qcow2):
         found["qcow2"] = _qcow2(info.details)
+    if partitions is not None:
+        found["partitions"] = [
+            {
+                "label": json_text(part.label),
+                "offset": part.offset,
+                "size": part.size,
+                "writable": part.writable,
+                "file": json_text(part.file),
+            }
+            for part in partitions
+        ]
     return found
 
 
-def _open(path: Path) -> int:
-    """Open a file after a look at what it is: to open a pipe may block, to open a device may have effects."""
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(place).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise ImageError("is neither a regular file nor a block device")
-        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(place)
+def _partitions(fd: int, path: Path, info: ImageInfo) -> Sequence[FoundPartition] | None:
+    if isinstance(info.details, Specification):
+        return in_composite(info.details, path.absolute().parent)
+    return in_image(fd) if info.kind is ImageKind.RAW else None
 
 
 def _qcow2(header: Qcow2) -> dict[str, Any]:
@@ -131,7 +145,62 @@ def for_people(found: dict[str, Any], fd: int) -> str:
             rows.append(("snapshots", str(header["snapshots"])))
         if header["incompatible_features"]:
             rows.append(("incompatible features", f"{header['incompatible_features']:#x}"))
-    return table(("", "IMAGE"), rows, fd)
+    text = table(("", "IMAGE"), rows, fd)
+    if "partitions" in found:
+        text += draw_partitions(found["partitions"], virtual, fd)
+    return text
+
+
+def draw_partitions(partitions: Sequence[Mapping[str, Any]], size: int, fd: int) -> str:
+    """A table of a disk's partitions, and a bar in which each is as long as its share of the disk.
+
+    Args:
+        partitions: As in ``describe``, by offset.
+        size: Of the disk, in bytes.
+        fd: Where it will be written.
+    """
+    if not partitions:
+        return "\nno partitions\n"
+    signs = [_SIGNS[number % len(_SIGNS)] for number in range(len(partitions))]
+    words = {True: "yes", False: "no", None: "-"}
+    rows = [
+        (
+            sign,
+            "-" if part["label"] is None else shown(part["label"]),
+            str(part["offset"]),
+            bytes_for_people(part["size"]),
+            words[part["writable"]],
+            "-" if part["file"] is None else shown(part["file"]),
+        )
+        for sign, part in zip(signs, partitions, strict=True)
+    ]
+    bar = draw_bar([(part["offset"], part["size"]) for part in partitions], signs, size, _width())
+    return f"\n{table(('', 'LABEL', 'OFFSET', 'SIZE', 'WRITABLE', 'FILE'), rows, fd)}\n{bar}"
+
+
+def draw_bar(spans: Sequence[tuple[int, int]], signs: Sequence[str], size: int, width: int) -> str:
+    """A disk as a bar: each span in its own sign, and what belongs to none as dashes.
+
+    Every span has at least one sign; where a line has no room for that, there are more lines. Pure.
+
+    Args:
+        spans: Offset and size, in bytes; by offset, none over another.
+        signs: One for each span.
+        size: Of the disk, in bytes.
+        width: Of a line.
+    """
+    pieces, at = [], 0
+    for (offset, length), sign in zip(spans, signs, strict=True):
+        pieces += [("-", offset - at), (sign, length)]
+        at = offset + length
+    pieces = [(sign, length) for sign, length in [*pieces, ("-", size - at)] if length > 0]
+    cells = width * -(-len(pieces) // width)
+    bar = "".join(sign * (1 + length * (cells - len(pieces)) // size) for sign, length in pieces)
+    return "".join(f"{bar[at : at + width]}\n" for at in range(0, len(bar), width))
+
+
+def _width() -> int:
+    return max(8, shutil.get_terminal_size().columns - 1)
 
 
 def bytes_for_people(size: int) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import math
 from pathlib import Path
+from uuid import UUID
 
 from vmactor import __version__
 from vmactor.cli.exit_codes import MEANINGS
@@ -29,6 +30,7 @@ def build() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_demo(commands)
     _add_create_partition(commands)
+    _add_create_composite(commands)
     _add_image(commands)
     _add_create_idsig(commands)
     _add_verify_apk(commands)
@@ -137,6 +139,24 @@ def _add_create_partition(commands: "_Commands[argparse.ArgumentParser]") -> Non
     _add_json(create, "print one JSON object")
 
 
+def _add_create_composite(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    create = _add(commands, "create-composite", "make a disk for crosvm out of several files")
+    create.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="the disk; neither it nor OUT.header, OUT.footer and OUT.filler may exist yet",
+    )
+    create.add_argument(
+        "partitions",
+        metavar="LABEL:PATH[:writable][:GUID]",
+        type=_partition,
+        nargs="+",
+        help="a partition; neither its label nor its path can have a colon",
+    )
+    _add_json(create, "print one JSON object")
+
+
 def _add_image(commands: "_Commands[argparse.ArgumentParser]") -> None:
     image = _add(commands, "image", "look at image files")
     actions = image.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
@@ -198,6 +218,16 @@ def _size(text: str) -> int:
     if not number.isascii() or not number.isdigit() or len(number) > 20:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size; write 10485760 or 10M")
     return int(number) * _UNITS.get(unit, 1)
+
+
+def _partition(text: str) -> tuple[str, Path, bool, UUID | None]:
+    label, path, mode, guid = [*text.split(":"), "", "", ""][:4]
+    if not label or not path or mode not in {"", "writable"} or text.count(":") > 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form LABEL:PATH[:writable][:GUID]")
+    try:
+        return label, Path(path), bool(mode), UUID(guid) if guid else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{guid!r} is not a GUID") from None
 
 
 def _port(text: str) -> int:

@@ -5,6 +5,7 @@ import mmap
 import os
 import stat
 import struct
+from pathlib import Path
 from typing import Final
 
 from vmactor.errors import ImageError
@@ -55,3 +56,20 @@ def size_of(fd: int) -> int:
     except OSError as error:
         raise ImageError(f"its size is unknown: {error.strerror}") from error
     raise ImageError("is neither a regular file nor a block device")
+
+
+def open_image(path: Path) -> int:
+    """Open an image for reading, after a look at what it is: opening a pipe may block, and a device may act.
+
+    Raises:
+        ImageError: It is neither a regular file nor a block device.
+        OSError: It cannot be opened.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(place).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise ImageError("is neither a regular file nor a block device")
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
