@@ -26,7 +26,7 @@ class Cli:
         self, command: str, *args: str | Path, ignore: str | None = None, **options: Any
     ) -> "subprocess.Popen[bytes]":
         """Start a command; with the state directory where it takes one, and a signal ignored if asked for."""
-        stateless = {"info", "create-partition", "image"}
+        stateless = {"info", "create-partition", "create-composite", "image"}
         own = [] if command in stateless else ["--state-dir", str(self.state_dir)]
         # A test run in the background may have inherited ignored signals.
         signals = ["--default-signal=INT,TERM,HUP"] if ignore is None else [f"--ignore-signal={ignore}"]

@@ -1,4 +1,4 @@
-"""The partitions of a disk image, for people who look at it: of a composite disk, or of a disk in one file."""
+"""The partitions of a disk image, for people to look at: of a composite disk, or of a disk in one file."""
 
 import os
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def in_composite(specification: Specification, directory: Path) -> tuple[FoundPa
         extent.offset: (extent, length)
         for extent, length in zip(specification.extents, specification.lengths(), strict=True)
     }
-    with suppress(ImageError, OSError):
+    with suppress(ImageError, OSError, ValueError):  # a path with a NUL is a ValueError
         fd = open_image(_place(specification.extents[0], directory))
         try:
             table = gpt.read(_first_piece(fd, *pieces[0]))
