@@ -11,7 +11,8 @@ import anyio
 import msgpack
 from anyio.abc import ByteStream
 
-from vmactor.actors.guest_rpc import GuestRpcLimits, GuestRpcStatistics, Report, serve_guest_rpc
+from vmactor.actors.guest_connection import GuestRpcLimits, GuestRpcStatistics, Report
+from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.errors import InvalidPayloadTransitionError
 from vmactor.messages import (
     GuestReport,

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import vmactor.guest
 from tests.guest_rpc_peer import CID, Server, UnixListener, UnixStream, Vm
-from vmactor.actors.guest_rpc import CloseReason, GuestRpcLimits, serve_guest_rpc
+from vmactor.actors.guest_connection import CloseReason, GuestRpcLimits
+from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.guest import Host, Incomplete, Refused, Unpacker, Unreachable, pack
 from vmactor.messages import (
     ErrorCode,

@@ -9,7 +9,8 @@ import pytest
 import structlog
 
 from tests.guest_rpc_peer import CID, Server, Vm
-from vmactor.actors.guest_rpc import CloseReason, serve_guest_rpc
+from vmactor.actors.guest_connection import CloseReason
+from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.errors import DeadlineExceededError, VmactorError, VmmError
 from vmactor.messages import (
     ErrorCode,

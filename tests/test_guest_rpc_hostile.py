@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest_rpc_peer import Guest, Server, Vm
-from vmactor.actors.guest_rpc import CloseReason, GuestRpcLimits
+from vmactor.actors.guest_connection import CloseReason, GuestRpcLimits
 from vmactor.messages import GuestReport, NotifyPayloadStarted
 
 pytestmark = pytest.mark.anyio

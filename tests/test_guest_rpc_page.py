@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from tests.guest_rpc_peer import Guest, Server, Vm
-from vmactor.actors.guest_rpc import GuestRpcLimits
+from vmactor.actors.guest_connection import GuestRpcLimits
 from vmactor.errors import CODES
 from vmactor.messagepack_rpc import MAX_ITEMS
 from vmactor.messages import MAX_GUEST_TEXT

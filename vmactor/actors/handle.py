@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
-from vmactor.actors.guest_rpc import GuestRpcStatistics
+from vmactor.actors.guest_connection import GuestRpcStatistics
 from vmactor.actors.lifecycle import NOT_RUNNING
 from vmactor.actors.vm import VmActor
 from vmactor.bus import Bus, Subscription

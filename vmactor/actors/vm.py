@@ -15,7 +15,8 @@ from typing import Any, Final
 import anyio
 from anyio.abc import TaskStatus
 
-from vmactor.actors.guest_rpc import GuestRpcStatistics, serve_guest_rpc
+from vmactor.actors.guest_connection import GuestRpcStatistics
+from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.actors.lifecycle import (
     NOT_RUNNING,
     Action,
