@@ -11,6 +11,7 @@ import anyio
 import msgpack
 from anyio.abc import ByteStream
 
+from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.guest_connection import GuestRpcLimits, GuestRpcStatistics, Report
 from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.errors import InvalidPayloadTransitionError
@@ -177,9 +178,13 @@ class Server:
                 await anyio.sleep(0.001)
 
     @contextlib.asynccontextmanager
-    async def running(self, report: Report, limits: GuestRpcLimits | None = None) -> AsyncIterator["Server"]:
+    async def running(
+        self, report: Report, limits: GuestRpcLimits | None = None, binder: GuestBinder | None = None
+    ) -> AsyncIterator["Server"]:
         async def run() -> None:
-            await serve_guest_rpc(self.listener, report, cid=CID, limits=limits, statistics=self.statistics)
+            await serve_guest_rpc(
+                self.listener, report, cid=CID, limits=limits, statistics=self.statistics, binder=binder
+            )
             raise AssertionError("the server ended by itself")
 
         try:
