@@ -4,6 +4,7 @@
 
     /run/vmactor            for root, else $XDG_RUNTIME_DIR/vmactor; mode 0700
       cids                  counter, rests and claims (vmactor.cid)
+      managers/<pid>-<n>    one living manager's socket for inspections
       vm/<cid>/             one VM's private directory: sockets, and
       vm/<cid>/record.json  what other processes may know of it
       vm/<cid>/ledger       its processes (vmactor.ledger)
@@ -76,6 +77,7 @@ class StateDirectory:
         try:
             _make_private(self.path)
             _make_private(self.path / "vm")
+            _make_private(self.managers)
             self.cids = CidPool(self.path / "cids", usable=self._is_free)
         except OSError as error:
             raise ResourceExhaustedError(f"cannot make the state directory {self.path}: {error}") from error
@@ -91,6 +93,11 @@ class StateDirectory:
     def close(self) -> None:
         """Give all CIDs back. Idempotent."""
         self.cids.close()
+
+    @property
+    def managers(self) -> Path:
+        """Where the managers' sockets for inspections are."""
+        return self.path / "managers"
 
     def vm_directory(self, cid: int) -> Path:
         """A VM's private directory, made or not."""

@@ -22,6 +22,7 @@ from anyio.abc import TaskStatus
 from vmactor import leftovers
 from vmactor.actors.event_bus import new_bus
 from vmactor.actors.handle import VirtualMachine
+from vmactor.actors.inspection import Inspection
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.restart_policy import RestartPolicy
@@ -52,6 +53,7 @@ from vmactor.messages import (
 from vmactor.platform_version import Version
 from vmactor.process import is_caller
 from vmactor.state_dir import StateDirectory, default_path
+from vmactor.supervision_tree import SupervisorInfo
 from vmactor.supervisor import ChildExit, Decision, Strategy, Supervisor
 from vmactor.vmm.select import Selection, select
 
@@ -112,6 +114,7 @@ class VirtualizationService:
         self._state = StateDirectory(self._state_path or default_path())
         self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
         await self._supervisor.__aenter__()
+        await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
         self._open = True
         if left := leftovers.find(self._state):
             await self._supervisor.start("reaper", partial(self._reap, left))
@@ -324,7 +327,11 @@ class VirtualizationService:
         try:
             self._check_open()  # it may have ended while we looked for a place
             await self._supervisor.start(
-                f"vm-{place.cid}", actor.run, ask_to_stop=actor.release, shutdown=VM_SHUTDOWN_SECONDS
+                f"vm-{place.cid}",
+                actor.run,
+                ask_to_stop=actor.release,
+                shutdown=VM_SHUTDOWN_SECONDS,
+                details=actor.details,
             )
         except BaseException:
             # An actor that ran has done all this itself, and it does no harm twice.
@@ -359,7 +366,11 @@ class VirtualizationService:
 
     def _vm_ended(self, child: ChildExit) -> Decision:
         if child.error is not None:
-            logger.error("a VM actor failed; its VM was ended", child=child.name, exc_info=child.error)
+            logger.error(
+                "a child of the service failed; if it was a VM, that was ended",
+                child=child.name,
+                exc_info=child.error,
+            )
         return Decision.IGNORE
 
     # -- Looking -----------------------------------------------------------------------------------
@@ -420,6 +431,13 @@ class VirtualizationService:
     def list_vms(self) -> list[VmInfo]:
         """The VMs of this service that live, by CID; reads what their actors published and nothing else."""
         return [self._actors[cid].info for cid in sorted(self._actors)]
+
+    def tree(self) -> SupervisorInfo:
+        """Everything that lives under this service, and how it is; waits for nothing.
+
+        The same is told to other processes of this user; ``vmactor info --tree`` draws it.
+        """
+        return self._supervisor.tree()
 
     def debug_list_vms(self) -> list[VirtualMachineDebugInfo]:
         """The reference's debug records of the same VMs."""

@@ -63,6 +63,7 @@ from vmactor.messages import (
     VmInfo,
 )
 from vmactor.process import UNKNOWN
+from vmactor.supervision_tree import Detail
 from vmactor.supervisor import ChildExit, Decision, Supervisor
 from vmactor.vmm.driver import VmmExit
 from vmactor.vsock import VsockListener, VsockTransport
@@ -159,6 +160,20 @@ class VmActor:
     def vsock_peer(self) -> int | None:
         """The process whose vsock connections are the guest's, while there is one."""
         return self.run_under_way.vsock_peer if self.run_under_way is not None else None
+
+    def details(self) -> dict[str, Detail]:
+        """What the VM tells of itself in its service's supervision tree."""
+        info, died = self.info, self.info.died
+        return {
+            "vm": info.name,
+            "state": info.state.name,
+            "generation": info.generation,
+            "vm_restarts": info.restarts,
+            "restart_due": info.restart_due.isoformat() if info.restart_due else None,
+            "pid": info.pid,
+            "last_death": None if died is None else f"{died.reason.name}: {died.detail}"[:500].rstrip(": "),
+            **self.mailbox.details(),
+        }
 
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""

@@ -8,6 +8,7 @@ from typing import Any
 import anyio.to_thread
 
 from vmactor import __version__
+from vmactor.cli import tree
 from vmactor.cli.exit_codes import ExitCode
 from vmactor.cli.lifetime import run_to_the_end
 from vmactor.cli.output import BAD, GOOD, brackets, paint, shown, to_json, wants_colour
@@ -19,7 +20,8 @@ from vmactor.vmm.select import select
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what was found."""
-    return run_to_the_end(partial(_run, args), tells="ending")
+    work = _run if args.tree is None else tree.run
+    return run_to_the_end(partial(work, args), tells="ending")
 
 
 async def _run(args: argparse.Namespace) -> ExitCode:

@@ -63,6 +63,11 @@ def age(since: object, now: datetime) -> str:
         seconds = int((now - datetime.fromisoformat(str(since))).total_seconds())
     except (ValueError, TypeError):
         return "-"
+    return duration(seconds)
+
+
+def duration(seconds: int) -> str:
+    """Seconds in the two units that matter."""
     minutes, seconds = divmod(max(seconds, 0), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -103,6 +103,16 @@ def _add_list(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
     info = _add(commands, "info", "tell what this host can do for VMs, what is chosen, and how to get more")
+    info.add_argument(
+        "--tree",
+        nargs="?",
+        type=_positive_int,
+        const=0,
+        metavar="CID",
+        help="instead, tell what this user's managers do now: who lives, restarts, mailboxes, errors; of "
+        "all VMs, or of one",
+    )
+    _add_state_dir(info)
     _add_vmm(info)
     _add_json(info, "print one JSON object")
 
