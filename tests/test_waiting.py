@@ -13,7 +13,7 @@ import trio.testing
 import uvloop
 from outcome import Outcome
 
-from vmactor.waiting import Deadlines, Waiter, expire, waiter_type, wake, within
+from vmactor.waiting import Deadlines, Moment, Waiter, expire, waiter_type, wake, within
 
 pytestmark = pytest.mark.anyio
 
@@ -207,6 +207,30 @@ async def test_thousands_who_wait_are_all_woken() -> None:
         for waiter in waiters:
             wake(waiter)
     assert sorted(woken) == list(range(2000))
+
+
+async def test_a_moment_wakes_all_who_wait_for_it_and_later_nobody_waits() -> None:
+    moment = Moment()
+    woken: list[int] = []
+
+    async def wait(number: int, scope: anyio.CancelScope) -> None:
+        with scope:
+            await moment.wait()
+            woken.append(number)
+
+    async with anyio.create_task_group() as tg:
+        scopes = [anyio.CancelScope() for _ in range(4)]
+        for number, scope in enumerate(scopes):
+            tg.start_soon(wait, number, scope)
+        await anyio.wait_all_tasks_blocked()
+        scopes[1].cancel()
+        await anyio.wait_all_tasks_blocked()
+        assert not moment.passed
+        moment.set()
+        moment.set()
+    assert sorted(woken) == [0, 2, 3]
+    assert moment.passed
+    await moment.wait()
 
 
 class Alarm:

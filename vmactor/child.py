@@ -16,6 +16,7 @@ from anyio.abc import TaskStatus
 from vmactor.errors import IllegalArgumentError
 from vmactor.restarts import Restart
 from vmactor.supervision_tree import ChildInfo, ChildState, Detail, SupervisorInfo
+from vmactor.waiting import Moment
 
 SHUTDOWN_SECONDS: Final = 5.0
 """How long a child may take to end after it was asked to, unless it says otherwise (OTP's default)."""
@@ -100,8 +101,8 @@ class ChildTask:
 
     def __init__(self, spec: ChildSpec, on_serving: Callable[[], None] = lambda: None) -> None:
         self.spec = spec
-        self.settled = anyio.Event()
-        self.ended = anyio.Event()
+        self.settled = Moment()
+        self.ended = Moment()
         self.stopping = False
         self.stale = False
         self.since: float | None = None

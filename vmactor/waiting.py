@@ -119,6 +119,43 @@ def waiter_type() -> type[Waiter]:
     return found
 
 
+class Moment:
+    """Something that happens once, and that any number of tasks may wait for.
+
+    As an event, at a tenth of its memory while nobody waits.
+
+    Attributes:
+        passed: Whether it has happened.
+    """
+
+    __slots__ = ("_waiters", "passed")
+
+    def __init__(self) -> None:
+        self.passed = False
+        self._waiters: list[Waiter] | None = None
+
+    def set(self) -> None:
+        """Let it happen. Idempotent."""
+        self.passed = True
+        waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            wake(waiter)
+
+    async def wait(self) -> None:
+        """Wait for it; does not yield to other tasks if it has happened."""
+        if self.passed:
+            return
+        waiter = waiter_type()()
+        if self._waiters is None:
+            self._waiters = []
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if self._waiters is not None:
+                self._waiters.remove(waiter)
+
+
 class Expires(Protocol):
     """Something with a deadline."""
 
