@@ -137,15 +137,19 @@ def v3_block(*signers: bytes) -> bytes:
 
 def with_block(path: Path, *pairs: tuple[int, bytes], sizes: tuple[int, int] | None = None) -> Path:
     """Put an APK Signing Block into a ZIP; sizes of one's own in its header and footer, for lies."""
-    data = path.read_bytes()
-    end = data.rindex(b"PK\5\6")
-    (directory,) = struct.unpack_from("<I", data, end + 16)
     entries = b"".join(struct.pack("<QI", len(value) + 4, number) + value for number, value in pairs)
     header, footer = sizes or (len(entries) + 24,) * 2
     block = struct.pack("<Q", header) + entries + struct.pack("<Q", footer) + b"APK Sig Block 42"
-    record = bytearray(data[end:])
-    struct.pack_into("<I", record, 16, directory + len(block))
-    path.write_bytes(data[:directory] + block + data[directory:end] + record)
+    with path.open("r+b") as file:
+        file.seek(max(0, path.stat().st_size - 70_000))
+        end_record = file.read()
+        end_record = end_record[end_record.rindex(b"PK\5\6") :]
+        (directory,) = struct.unpack_from("<I", end_record, 16)
+        file.seek(directory)
+        tail = bytearray(file.read())
+        struct.pack_into("<I", tail, len(tail) - len(end_record) + 16, directory + len(block))
+        file.seek(directory)
+        file.write(block + tail)
     return path
 
 

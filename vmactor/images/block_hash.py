@@ -17,7 +17,7 @@ from hashlib import sha256
 
 BLOCK = 4096
 DIGEST = 32
-STRIPE = 256 * BLOCK
+STRIPE = 512 * BLOCK
 """What is read and hashed at once: large enough that a read costs nothing, small enough for the cache."""
 TICKET = struct.Struct("<Q")
 
