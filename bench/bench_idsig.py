@@ -19,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.paired import median_interval
-from tests.apks import signed_data, signer, with_v3
-from tests.test_idsig import KEY
+from tests.apks import KEY, signed_data, signer, with_v3
 from vmactor.images.block_hash import BLOCK
 from vmactor.images.idsig import create_or_update_idsig_file
 from vmactor.images.signatures import load_public_key

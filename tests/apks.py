@@ -22,6 +22,12 @@ from vmactor.images.apk import V3_BLOCK_ID
 KNOWN = Path(__file__).parent.parent.parent / "shared" / "testdata" / "apkverify"
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
+KEY = bytes.fromhex(  # a public key of P-256
+    "3059301306072a8648ce3d020106082a8648ce3d030107034200046b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a1"
+    "3945d898c2964fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5"
+)
+DIGEST = bytes(range(32))
+
 
 def expected(kind: str) -> list[Any]:
     """Rows of the known answers; skips the module's tests where they are absent."""
@@ -156,3 +162,11 @@ def with_block(path: Path, *pairs: tuple[int, bytes], sizes: tuple[int, int] | N
 def with_v3(path: Path, *signers: bytes) -> Path:
     """Put a v3 block into a ZIP."""
     return with_block(path, (V3_BLOCK_ID, v3_block(*signers)))
+
+
+def apk_with(
+    path: Path, *contents: bytes, algorithm: int = 0x0201, digest: bytes = DIGEST, key: bytes = KEY
+) -> Path:
+    """An APK whose signature nobody has made: idsig files need none."""
+    data = signed_data([(algorithm, digest)])
+    return with_v3(unsigned(path, *contents), signer(data, [(algorithm, b"none")], public_key=key))

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.apks import (
+    KEY,
     opened,
     signed_data,
     signer,
@@ -22,7 +23,6 @@ from tests.apks import (
     with_block,
     with_v3,
 )
-from tests.test_idsig import KEY
 from vmactor.errors import ApkError
 from vmactor.images.apk import MAX_PAIRS, MAX_V3_BLOCK, V3_BLOCK_ID, find_sections
 from vmactor.images.apk_v3 import find_signer

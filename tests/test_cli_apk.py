@@ -12,9 +12,8 @@ from typing import Self
 import anyio
 import pytest
 
-from tests.apks import apksigner, unsigned, write_key
+from tests.apks import apk_with, apksigner, unsigned, write_key
 from tests.test_apk_verify import P256
-from tests.test_idsig import apk_with
 from vmactor.cli import progress
 
 

@@ -10,23 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.apks import KNOWN, expected, opened, signed_data, signer, unsigned, with_v3
+from tests.apks import DIGEST, KNOWN, apk_with, expected, opened, unsigned
 from vmactor.errors import ApkError, ResourceExhaustedError
 from vmactor.images.idsig import Idsig, check_idsig_file, create_or_update_idsig_file, read_idsig
-
-KEY = bytes.fromhex(  # a public key of P-256
-    "3059301306072a8648ce3d020106082a8648ce3d030107034200046b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a1"
-    "3945d898c2964fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5"
-)
-DIGEST = bytes(range(32))
-
-
-def apk_with(
-    path: Path, *contents: bytes, algorithm: int = 0x0201, digest: bytes = DIGEST, key: bytes = KEY
-) -> Path:
-    """An APK whose signature nobody has made: idsig files need none."""
-    data = signed_data([(algorithm, digest)])
-    return with_v3(unsigned(path, *contents), signer(data, [(algorithm, b"none")], public_key=key))
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.apks import opened
+from tests.apks import apk_with, opened
 from tests.host_facts import FULL
-from tests.test_idsig import apk_with
 from vmactor.actors import service as service_module
 from vmactor.actors.service import HASHERS, VirtualizationService
 from vmactor.errors import ApkError, IllegalArgumentError, IllegalStateError

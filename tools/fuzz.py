@@ -115,10 +115,77 @@ def _kinds_seeds() -> list[bytes]:
     ]
 
 
+def _apk() -> Callable[[bytes], None]:
+    from vmactor.images.apk_verify import verify_apk  # noqa: PLC0415
+    from vmactor.images.idsig import create_or_update_idsig_file  # noqa: PLC0415
+
+    idsig = os.memfd_create("idsig")
+
+    def both(fd: int) -> None:
+        create_or_update_idsig_file(fd, idsig)
+        verify_apk(fd, idsig)
+
+    return through_a_file(both)
+
+
+def _apk_seeds() -> list[bytes]:
+    import tempfile  # noqa: PLC0415
+
+    from tests.apks import KEY, apk_with, signed_data, signer, unsigned, with_block  # noqa: PLC0415
+    from vmactor.images.apk import V3_BLOCK_ID  # noqa: PLC0415
+
+    data = signed_data([(0x0421, b"digest"), (0x0201, b"other")], certificates=[b"certificate"])
+    value = signer(data, [(0x0421, b"signature"), (0x0201, b"none")], public_key=KEY)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name, "apk")
+        paths = (
+            apk_with(place.with_suffix(".1"), b"content"),
+            unsigned(place.with_suffix(".2"), b"content", comment=b"comment"),
+            with_block(unsigned(place.with_suffix(".3"), b"a", b"b"), (7, b"seven"), (V3_BLOCK_ID, value)),
+        )
+        return [path.read_bytes() for path in paths]
+
+
+def _apk_v3() -> Callable[[bytes], None]:
+    from vmactor.images.apk_v3 import find_signer  # noqa: PLC0415
+
+    def parse(data: bytes) -> None:
+        signer = find_signer(data)
+        signer.signed_data.digest_for(signer.strongest()[0])
+
+    return parse
+
+
+def _apk_v3_seeds() -> list[bytes]:
+    from tests.apks import KEY, signed_data, signer, v3_block  # noqa: PLC0415
+
+    one = signer(signed_data([(0x0201, bytes(32))]), [(0x0201, b"none")], public_key=KEY)
+    data = signed_data([(0x0104, b"digest")], certificates=[b"certificate", b"another"])
+    two = signer(data, [(0x0301, b"dsa"), (0x0104, b"signature")], public_key=KEY, sdks=(24, 31))
+    return [v3_block(one), v3_block(two, one)]
+
+
+def _idsig() -> Callable[[bytes], None]:
+    from vmactor.images.idsig import read_idsig  # noqa: PLC0415
+
+    return through_a_file(read_idsig)
+
+
+def _idsig_seeds() -> list[bytes]:
+    from vmactor.images.idsig import Idsig  # noqa: PLC0415
+
+    plain = Idsig(b"r" * 32, b"d" * 32, 0x0201, 4)
+    signed = Idsig(b"r" * 32, b"d" * 64, 0x0104, 0, b"salt", b"certificate", b"data", b"key", b"signature")
+    return [plain.header() + b"tree", signed.header()]
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     "qcow2": Target(_qcow2, _qcow2_seeds),
     "android-sparse": Target(_sparse, _sparse_seeds),
     "kinds": Target(_kinds, _kinds_seeds),
+    "apk": Target(_apk, _apk_seeds),
+    "apk-v3": Target(_apk_v3, _apk_v3_seeds),
+    "idsig": Target(_idsig, _idsig_seeds),
 }
 
 

@@ -116,6 +116,11 @@ def find_sections(fd: int, size: int) -> ApkSections:
     return ApkSections(block, start, end, record, _find_v3_block(fd, block, start))
 
 
+def short_hex(value: bytes) -> str:
+    """A digest of a file in hexadecimal; what is longer than any digest is cut."""
+    return value[:64].hex() + ("..." if len(value) > 64 else "")
+
+
 def _invalid(text: str) -> NoReturn:
     raise ApkError(f"invalid Zip archive: {text}", advice=BROKEN)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmactor.errors import ApkError
-from vmactor.images.apk import TAMPERED, ApkSections, apk_size, find_sections, reading
+from vmactor.images.apk import TAMPERED, ApkSections, apk_size, find_sections, reading, short_hex
 from vmactor.images.apk_v3 import ALGORITHMS, Algorithm, ContentDigest, SignedData, find_signer
 from vmactor.images.block_hash import BLOCK, fill
 from vmactor.images.hash_processes import Progress
@@ -85,7 +85,7 @@ def verify_apk(
     computed = content_digest(apk_fd, sections, algorithm.digest, progress)
     if computed != digest:
         raise ApkError(
-            f'Digest mismatch: computed="{computed.hex()}" vs expected="{digest.hex()}"', advice=TAMPERED
+            f'Digest mismatch: computed="{computed.hex()}" vs expected="{short_hex(digest)}"', advice=TAMPERED
         )
     public_key = public_key_der(key)
     certificate = _certificate(signed)

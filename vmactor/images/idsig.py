@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmactor.errors import ApkError, ResourceExhaustedError
-from vmactor.images.apk import apk_size, find_sections
+from vmactor.images.apk import apk_size, find_sections, short_hex
 from vmactor.images.apk_v3 import ALGORITHMS, find_signer
 from vmactor.images.block_hash import STRIPE, fill
 from vmactor.images.hash_processes import Progress
@@ -158,7 +158,8 @@ def check_idsig_file(apk_fd: int, idsig_fd: int, progress: Progress = lambda _do
     apk_digest, _algorithm = _apk_digest(apk_fd, size)
     if idsig.apk_digest != apk_digest:
         raise ApkError(
-            f"Digest mismatch: the idsig has {idsig.apk_digest.hex()}, the APK's v3 block {apk_digest.hex()}",
+            f"Digest mismatch: the idsig has {short_hex(idsig.apk_digest)}, "
+            f"the APK's v3 block {short_hex(apk_digest)}",
             advice=_ANEW,
         )
     with MerkleTree(size, padded_salt(idsig.salt)) as tree:
@@ -169,7 +170,7 @@ def check_idsig_file(apk_fd: int, idsig_fd: int, progress: Progress = lambda _do
         tree.hash_file(apk_fd, progress)
         if idsig.root != tree.root:
             raise ApkError(
-                f"Root hash mismatch: the idsig has {idsig.root.hex()}, the APK {tree.root.hex()}",
+                f"Root hash mismatch: the idsig has {short_hex(idsig.root)}, the APK {tree.root.hex()}",
                 advice=_ANEW,
             )
         if not _same_tree(idsig_fd, place, tree):
