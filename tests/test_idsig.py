@@ -299,6 +299,14 @@ def test_a_pair_that_does_not_fit_is_refused_and_told_why(
         check(apk, idsig)
 
 
+def test_what_a_file_puts_into_an_error_is_cut(apk: Path, tmp_path: Path) -> None:
+    idsig = tmp_path / "long"
+    idsig.write_bytes(Idsig(bytes(32), b"d" * 100_000, 0x0201, 0).header())
+    with pytest.raises(ApkError, match=r"Digest mismatch: the idsig has (64){64}\.\.\., ") as caught:
+        check(apk, idsig)
+    assert len(str(caught.value)) < 1000
+
+
 def test_every_cut_of_a_header_is_refused(apk: Path, idsig: Path) -> None:
     data = idsig.read_bytes()
     for size in range(118):

@@ -20,6 +20,7 @@ from vmactor.config import DiskImage, Partition, RawConfig
 from vmactor.config_file import load_config
 from vmactor.errors import (
     ActorDiedError,
+    ApkError,
     DeadlineExceededError,
     IllegalArgumentError,
     IllegalStateError,
@@ -37,6 +38,7 @@ from vmactor.errors import (
     VmmError,
     VsockError,
 )
+from vmactor.images.idsig import Idsig, IdsigResult
 from vmactor.messages import (
     CpuTopology,
     Created,
@@ -76,6 +78,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActorDiedError",
+    "ApkError",
     "Backoff",
     "CpuTopology",
     "Created",
@@ -87,6 +90,8 @@ __all__ = [
     "Event",
     "Gap",
     "HungUp",
+    "Idsig",
+    "IdsigResult",
     "IllegalArgumentError",
     "IllegalStateError",
     "ImageError",
