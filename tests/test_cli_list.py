@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import stat
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,13 @@ def test_a_vmm_that_cannot_be_had_is_told_with_what_to_do() -> None:
     text = info.for_people(found)
     assert "No VM can run with --vmm crosvm." in text
     assert found["error"] in text
+
+
+def test_what_a_build_of_crosvm_can_do_is_a_list_for_programs() -> None:
+    build = Crosvm(True, "crosvm", options=frozenset({"vsock", "block"}), commands=frozenset({"run"}))
+    found = info.describe(replace(FACTS, crosvm=build), "auto")
+    assert found["findings"]["crosvm"]["options"] == ["block", "vsock"]
+    assert json.loads(json.dumps(found))["findings"]["crosvm"]["commands"] == ["run"]
 
 
 def test_what_was_found_can_be_json(cli: Cli) -> None:

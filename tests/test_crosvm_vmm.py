@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ from vmactor.config import DiskImage, Partition, RawConfig
 from vmactor.errors import (
     DeadlineExceededError,
     IllegalArgumentError,
+    ResourceExhaustedError,
     StartFailedError,
     UnsupportedOperationError,
     VmmError,
@@ -418,6 +420,17 @@ async def test_a_queue_full_of_connections_is_told_as_a_stuck_crosvm(short_dir: 
             await control.command("A", timeout=0.02)
         with pytest.raises(VmmError, match="queue full of connections; it is stuck: stop the VM"):
             await control.command("A", timeout=0.02)
+
+
+async def test_no_descriptor_left_for_a_connection_is_told_as_such(short_dir: Path) -> None:
+    async with server(short_dir) as (control, _):
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            with pytest.raises(ResourceExhaustedError, match="Too many open files; raise 'ulimit -n'"):
+                await control.command("A")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 async def test_closing_ends_what_waits(short_dir: Path) -> None:

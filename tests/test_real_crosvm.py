@@ -13,8 +13,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from vmactor.config import DiskImage, RawConfig
+from vmactor.config import DiskImage, Partition, RawConfig
 from vmactor.host import Crosvm, probe
+from vmactor.images.partition import initialize_writable_partition
 from vmactor.messages import CpuTopology, DeathReason
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm import crosvm
@@ -91,6 +92,21 @@ async def test_an_option_that_a_build_has_not_ends_it_with_35(build: Crosvm, lau
     assert b"no-such-option" in process.stderr
 
 
+def disks(build: Crosvm, launch: Launch, stack: ExitStack) -> list[DiskImage]:
+    """A disk of every kind that the build reads; crosvm opens them all before it runs."""
+    raw = stack.enter_context((launch.directory / "raw").open("w+b"))
+    raw.truncate(1 << 20)
+    found = [DiskImage(raw, True), DiskImage(raw)]
+    if "create_qcow2" in build.commands:
+        image = stack.enter_context((launch.directory / "qcow2").open("w+b"))
+        initialize_writable_partition(image.fileno(), 8 << 20)
+        found.append(DiskImage(image, True, format="qcow2"))
+        if "create_composite" in build.commands:
+            parts = [Partition("raw", raw, True), Partition("qcow2", image, True, format="qcow2")]
+            found.append(DiskImage(writable=True, partitions=parts))
+    return found
+
+
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm here")
 async def test_it_runs_answers_and_ends_as_the_driver_expects(
     build: Crosvm, launch: Launch, guest_dir: Path
@@ -103,7 +119,8 @@ async def test_it_runs_answers_and_ends_as_the_driver_expects(
             vsock = await helper.connect()
             stack.callback(os.close, vsock)
             kernel = stack.enter_context((guest_dir / "vmlinux").open("rb"))
-            config = RawConfig(name="vm", kernel=kernel, memory_mib=128)
+            config = RawConfig(name="vm", kernel=kernel, memory_mib=128, disks=disks(build, launch, stack))
+            crosvm.validate(build, config)
             vmm = crosvm.start(build, ARCH, 1, replace(launch, config=config, vsock=VhostUserVsock(vsock)))
             try:
                 await vmm.wait_running()

@@ -68,10 +68,13 @@ def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
-    row = dataclasses.asdict(finding)
-    return {
-        key: value if value is None or isinstance(value, bool) else str(value) for key, value in row.items()
-    }
+    return {key: _plain(value) for key, value in dataclasses.asdict(finding).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def for_people(found: dict[str, Any], *, colour: bool = False) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import anyio
 
-from vmactor.errors import DeadlineExceededError, VmmError
+from vmactor.errors import DeadlineExceededError, ResourceExhaustedError, VmmError
 from vmactor.text import escape
 
 REQUEST_TIMEOUT: Final = 5.0
@@ -71,6 +71,7 @@ class CrosvmControl:
         Raises:
             CrosvmError: crosvm refused.
             VmmError: It has closed its socket, left too many connections waiting, or answered nonsense.
+            ResourceExhaustedError: We have no descriptor left for a connection.
             DeadlineExceededError: No answer in time; the command may or may not be carried out later.
         """
         with anyio.move_on_after(timeout):
@@ -119,7 +120,12 @@ class CrosvmControl:
         raise _late(_name(request), timeout)
 
     def _connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise ResourceExhaustedError(
+                f"no connection to crosvm's control socket: {error.strerror}; raise 'ulimit -n'"
+            ) from error
         try:
             connection.setblocking(False)
             connection.connect(self._path)
