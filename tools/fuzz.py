@@ -179,6 +179,52 @@ def _idsig_seeds() -> list[bytes]:
     return [plain.header() + b"tree", signed.header()]
 
 
+def _composite() -> Callable[[bytes], None]:
+    from vmactor.images.composite import MAGIC, read_specification, write_specification  # noqa: PLC0415
+
+    def run(data: bytes) -> None:
+        specification = read_specification(MAGIC + data)
+        assert sum(specification.lengths()) == specification.size
+        assert read_specification(write_specification(specification)) == specification
+
+    return run
+
+
+def _composite_seeds() -> list[bytes]:
+    from vmactor.images.composite import MAGIC, Extent, Specification, write_specification  # noqa: PLC0415
+
+    extents = (Extent("/t/h", 0), Extent("/t/p", 20480, writable=True), Extent("f", 28672, file_offset=512))
+    return [write_specification(Specification(extents, 49152))[len(MAGIC) :], b"\x08\x02\x18\x01"]
+
+
+def _gpt() -> Callable[[bytes], None]:
+    import zlib  # noqa: PLC0415
+
+    from vmactor.images import gpt  # noqa: PLC0415
+
+    def run(data: bytes) -> None:
+        # With the checksums that a hostile writer would compute; else nothing behind them were ever reached.
+        disk = bytearray(data.ljust(2048, b"\0"))
+        disk[512:520] = b"EFI PART"
+        start, number, size = (int.from_bytes(disk[at : at + 4], "little") for at in (584, 592, 596))
+        entries = disk[start * 512 : start * 512 + number * size]
+        disk[600:604] = zlib.crc32(entries).to_bytes(4, "little")
+        disk[528:532] = bytes(4)
+        header = disk[512 : 512 + int.from_bytes(disk[524:528], "little")]
+        disk[528:532] = zlib.crc32(header).to_bytes(4, "little")
+        table = gpt.read(lambda offset, size: bytes(disk[offset : offset + size]))
+        assert table is not None
+        assert all(entry.size > 0 for entry in table.entries)
+
+    return run
+
+
+def _gpt_seeds() -> list[bytes]:
+    from vmactor.images.composite import Part, plan  # noqa: PLC0415
+
+    return [plan([Part(f"part-{number}", 4096) for number in range(count)]).header for count in (1, 128)]
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     "qcow2": Target(_qcow2, _qcow2_seeds),
     "android-sparse": Target(_sparse, _sparse_seeds),
@@ -186,6 +232,8 @@ TARGETS: Final[Mapping[str, Target]] = {
     "apk": Target(_apk, _apk_seeds),
     "apk-v3": Target(_apk_v3, _apk_v3_seeds),
     "idsig": Target(_idsig, _idsig_seeds),
+    "composite": Target(_composite, _composite_seeds),
+    "gpt": Target(_gpt, _gpt_seeds),
 }
 
 
