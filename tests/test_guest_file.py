@@ -51,6 +51,9 @@ class Agent:
 
     def __init__(self, directory: Path, address: Path) -> None:
         self.file = Path(shutil.copy(SOURCE, directory))
+        shutil.copytree(
+            SOURCE.parent / "binder", directory / "binder", ignore=shutil.ignore_patterns("__pycache__")
+        )
         self.stderr = directory / "stderr"
         self._env = {"VMACTOR_GUEST_RPC": str(address), "PATH": os.environ["PATH"]}
 
@@ -78,6 +81,15 @@ def agent(tmp_path: Path, short_dir: Path) -> Agent:
 async def test_a_command_is_run_between_started_and_finished(server: Server, vm: Vm, agent: Agent) -> None:
     assert await agent.run("run", "--", "sh", "-c", "exit 3") == 3
     assert vm.reports == [NotifyPayloadStarted(), NotifyPayloadFinished(3)]
+
+
+@pytest.mark.anyio
+async def test_a_command_is_run_and_reported_by_rpc_binder(server: Server, vm: Vm, agent: Agent) -> None:
+    assert await agent.run("--protocol", "binder", "run", "--", "sh", "-c", "exit 3") == 3
+    assert vm.reports == [NotifyPayloadStarted(), NotifyPayloadFinished(3)]
+    assert server.statistics.protocols == {"RPC Binder, version 0x0": 1}
+    assert await agent.run("--protocol", "binder", "error", "1", "too late") == 70
+    assert "Invalid payload state transition" in agent.stderr.read_text()
 
 
 @pytest.mark.anyio
@@ -390,7 +402,20 @@ def test_it_imports_only_the_standard_library_and_little_of_it() -> None:
             [node.module or "."] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
         )
     }
-    assert names == {"__future__", "fcntl", "os", "signal", "socket", "struct", "sys", "time"}
+    beside = {"binder", "vmactor.binder"}  # for RPC Binder only, when it is asked for
+    assert names == {"__future__", "fcntl", "os", "signal", "socket", "struct", "sys", "time"} | beside
+
+
+def test_its_binder_client_runs_on_python_3_8_and_imports_only_the_standard_library() -> None:
+    names = set()
+    for name in "__init__", "parcel", "wire", "client":
+        tree = ast.parse((SOURCE.parent / "binder" / f"{name}.py").read_text(), feature_version=(3, 8))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names.add("." * node.level + (node.module or ""))
+            elif isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+    assert names == {"__future__", "enum", "socket", "struct", "typing", ".parcel", ".wire"}
 
 
 def test_the_guest_s_cid_is_asked_of_its_vsock_driver(monkeypatch: pytest.MonkeyPatch) -> None:

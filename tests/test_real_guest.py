@@ -313,15 +313,20 @@ async def test_a_kernel_that_is_none_fails_the_start_with_its_cause(
     assert died.reason is DeathReason.START_FAILED
 
 
+@pytest.mark.parametrize(
+    ("protocol", "spoken"), [("messagepack", "MessagePack-RPC"), ("binder", "RPC Binder, version 0x0")]
+)
 async def test_the_stdlib_guest_file_reports_from_a_real_guest(
-    service: VirtualizationService, guest_dir: Path
+    service: VirtualizationService, guest_dir: Path, protocol: str, spoken: str
 ) -> None:
     async with await create(service, guest_dir, SILENT_SCRIPT, config="python.json") as vm:
         with vm.events() as events:
             await start_silent(vm)
             for step in ("started", "ready", "finished 4"):
-                answer = await agent(vm, f"exec /usr/bin/python3 -S -E /vmactor_guest.py {step}")
+                program = f"/usr/bin/python3 -S -E /vmactor_guest.py --protocol {protocol} {step}"
+                answer = await agent(vm, f"exec {program}")
                 assert answer == "ok 0", answer
+            assert vm.guest_calls.protocols == {spoken: 3}
             await parting(vm, "poweroff")
             kinds = [event.kind async for event in events]
     assert kinds == ["started", "payload_started", "payload_ready", "payload_finished", "died"]

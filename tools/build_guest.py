@@ -30,6 +30,9 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 AGENT: Final = ROOT / "guest" / "agent.c"
 PYTHON_GUEST: Final = ROOT / "vmactor" / "guest.py"
+BINDER_CLIENT: Final = tuple(
+    ROOT / "vmactor" / "binder" / f"{name}.py" for name in ("__init__", "parcel", "wire", "client")
+)
 
 KERNEL: Final = "linux-image-cloud-amd64"
 MODULES: Final = (
@@ -53,6 +56,8 @@ PYTHON_PACKAGES: Final = (
 )
 PYTHON_MODULES: Final = (
     "argparse",
+    "encodings.utf_16_le",
+    "enum",
     "json",
     "signal",
     "socket",
@@ -60,6 +65,7 @@ PYTHON_MODULES: Final = (
     "subprocess",
     "threading",
     "traceback",
+    "typing",
 )
 """What a program in a guest may want, also when only a branch of it that we do not see imports it."""
 
@@ -329,6 +335,8 @@ def add_python(archive: Archive, root: Path) -> None:
             archive.file(name, file.read_bytes(), 0o755)
     for program in programs:
         archive.file("vmactor_guest.py", program.read_bytes())
+    for path in BINDER_CLIENT:
+        archive.file(f"binder/{path.name}", path.read_bytes())
 
 
 # -- All together ----------------------------------------------------------------------------------
@@ -337,7 +345,7 @@ def add_python(archive: Archive, root: Path) -> None:
 def fingerprint() -> str:
     """A hash of all that decides the result, short of new versions in Debian's archive."""
     digest = hashlib.sha256()
-    for path in (Path(__file__), AGENT, PYTHON_GUEST):
+    for path in (Path(__file__), AGENT, PYTHON_GUEST, *BINDER_CLIENT):
         data = path.read_bytes() if path.exists() else b""
         digest.update(struct.pack("<Q", len(data)) + data)
     return digest.hexdigest()

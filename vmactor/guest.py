@@ -6,9 +6,10 @@ Copy it into an image. As a program::
     python3 guest.py started | ready | finished CODE | error CODE TEXT
 
 Before the subcommand: ``--timeout SECONDS`` is the deadline of each report (30), and ``--address PATH``, or
-``VMACTOR_GUEST_RPC`` in the environment, is a unix socket to dial instead of the host, for tests. Exit codes:
-``run`` gives the command's own, 128 + N if signal N killed it, 126 or 127 if it could not be started;
-2 usage; 69 the host was not reached in time; 70 the host refused. As a module::
+``VMACTOR_GUEST_RPC`` in the environment, is a unix socket to dial instead of the host, for tests. With
+``--protocol binder`` it speaks RPC Binder, as Microdroid does; for that, the folder ``vmactor/binder`` has to
+lie beside this file. Exit codes: ``run`` gives the command's own, 128 + N if signal N killed it, 126 or 127
+if it could not be started; 2 usage; 69 the host was not reached in time; 70 the host refused. As a module::
 
     with Host() as host:
         host.notify_payload_started()
@@ -34,6 +35,14 @@ TIMEOUT = 30.0
 MAX_ANSWER = 64 * 1024
 MAX_TEXT = 4096
 MAX_NESTING = 16
+
+BINDER_INTERFACE = "android.system.virtualmachineservice.IVirtualMachineService"
+BINDER_CODES = {
+    "notifyPayloadStarted": 1,
+    "notifyPayloadReady": 2,
+    "notifyPayloadFinished": 3,
+    "notifyError": 4,
+}
 
 UNKNOWN_ERROR = 0
 ILLEGAL_STATE = -5
@@ -259,13 +268,12 @@ class Host:
     def _call(self, method: str, *params: object) -> None:
         deadline = time.monotonic() + self.timeout
         self._msgid = (self._msgid + 1) & 0xFFFFFFFF
-        request = pack([0, self._msgid, method, list(params)])
         in_doubt = False
         pause = 0.01
         while True:
             try:
                 sock = self._connected(deadline)
-                error = self._exchange(sock, request, deadline)
+                error = self._exchange(sock, method, params, deadline)
                 break
             except (OSError, ValueError) as failure:
                 in_doubt = in_doubt or self._sock is not None
@@ -299,9 +307,11 @@ class Host:
         self._sock = sock
         return sock
 
-    def _exchange(self, sock: socket.socket, request: bytes, deadline: float) -> Refused | None:
+    def _exchange(
+        self, sock: socket.socket, method: str, params: tuple[object, ...], deadline: float
+    ) -> Refused | None:
         sock.settimeout(_left(deadline))
-        sock.sendall(request)
+        sock.sendall(pack([0, self._msgid, method, list(params)]))
         data = b""
         while True:
             try:
@@ -323,6 +333,40 @@ class Host:
         if isinstance(error, list) and len(error) >= 2 and isinstance(error[0], int):
             return Refused(error[0], str(error[1]))
         return Refused(UNKNOWN_ERROR, str(error))
+
+
+class BinderHost(Host):
+    """The same host, spoken to by RPC Binder: one session a connection."""
+
+    def __init__(self, address: str | None = None, timeout: float = TIMEOUT) -> None:
+        super().__init__(address, timeout)
+        try:
+            from binder import client  # type: ignore[import-not-found] # noqa: PLC0415 - beside the file, in guests
+        except ImportError:
+            from vmactor.binder import client  # noqa: PLC0415
+        self._library = client
+        self._session: tuple[socket.socket, client.Client] | None = None
+
+    def _exchange(
+        self, sock: socket.socket, method: str, params: tuple[object, ...], deadline: float
+    ) -> Refused | None:
+        library = self._library
+        sock.settimeout(_left(deadline))
+        try:
+            if self._session is None or self._session[0] is not sock:
+                self._session = None
+                self._session = sock, library.Client(sock, BINDER_INTERFACE)
+            arguments = library.Parcel()
+            for param in params:
+                arguments.string(param) if isinstance(param, str) else arguments.int32(param)
+            self._session[1].call(BINDER_CODES[method], arguments)
+        except library.RemoteError as error:
+            return Refused(error.code, error.message)
+        except library.TransactionError as error:
+            return Refused(UNKNOWN_ERROR, str(error))
+        except library.ProtocolError as error:
+            raise ValueError(str(error)) from error
+        return None
 
 
 def _left(deadline: float) -> float:
@@ -362,20 +406,22 @@ def run(host: Host, command: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """The program; ``arguments`` without its name."""
-    address, timeout = None, TIMEOUT
+    address, timeout, kind = None, TIMEOUT, Host
     try:
-        while arguments[0] in ("--address", "--timeout"):
+        while arguments[0] in ("--address", "--timeout", "--protocol"):
             if arguments[0] == "--address":
                 address = arguments[1]
-            else:
+            elif arguments[0] == "--timeout":
                 timeout = float(arguments[1])
+            else:
+                kind = {"messagepack": Host, "binder": BinderHost}[arguments[1]]
             arguments = arguments[2:]
         method, params = _action(*arguments)
-    except (IndexError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         sys.stderr.write(__doc__)
         return EXIT_USAGE
     try:
-        with Host(address, timeout) as host:
+        with kind(address, timeout) as host:
             if method == "run":
                 return run(host, arguments[2:])
             getattr(host, method)(*params)

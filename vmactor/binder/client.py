@@ -22,6 +22,8 @@ from .wire import (
     Transaction,
 )
 
+__all__ = ["Client", "Parcel", "ProtocolError", "RemoteError", "TransactionError"]
+
 INTERFACE_TRANSACTION = int.from_bytes(b"_NTF", "big")
 PING_TRANSACTION = int.from_bytes(b"_PNG", "big")
 SERVICE_SPECIFIC = -8
