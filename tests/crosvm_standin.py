@@ -79,7 +79,7 @@ def parse(words: list[str], age: int) -> tuple[dict[str, list[str]], list[str]]:
             value = next(left, "")
         else:
             invalid(f"unrecognized argument: {word}")
-        if name in given and name not in many:
+        if name in given and name in once:
             invalid(f"duplicate {name}")
         given.setdefault(name, []).append(value)
     if len(positional) > 1:
@@ -94,7 +94,7 @@ def number(text: str) -> int:
         invalid(f"not a number: {text}")
 
 
-def keys(text: str, first: str, allowed: dict[str, str]) -> dict[str, str]:
+def keys(text: str, first: str, allowed: dict[str, str], required: str = "") -> dict[str, str]:
     """A key=value list; ``allowed`` maps each key to a pattern of its values."""
     found: dict[str, str] = {}
     for i, item in enumerate(text.split(",")):
@@ -104,6 +104,8 @@ def keys(text: str, first: str, allowed: dict[str, str]) -> dict[str, str]:
         if key not in allowed or key in found or not re.fullmatch(allowed[key], value):
             invalid(f"bad key or value: {item}")
         found[key] = value
+    if required and required not in found:
+        invalid(f"missing {required}")
     return found
 
 
@@ -149,10 +151,10 @@ def check(given: dict[str, list[str]], positional: list[str], age: int) -> tuple
         for text in given.get(name, []):
             number(text)
     block = BLOCK | ({"lock": BOOL} if age == 2026 else {})
-    disks = [keys(text, "path", block)["path"] for text in given.get("block", [])]
+    disks = [keys(text, "path", block, "path")["path"] for text in given.get("block", [])]
     serials = [keys(text, "type", SERIAL) for text in given.get("serial", [])]
-    vsocks = [keys(text, "cid", VSOCK) for text in given.get("vsock", [])]
-    users = [keys(text, "type", VHOST_USER) for text in given.get("vhost-user", [])]
+    vsocks = [keys(text, "cid", VSOCK, "cid") for text in given.get("vsock", [])]
+    users = [keys(text, "type", VHOST_USER, "socket") for text in given.get("vhost-user", [])]
     if bool(positional) == ("bios" in given):
         failed("exactly one of a kernel and a BIOS is needed")
     if "cid" in given and vsocks:
@@ -172,8 +174,10 @@ def check(given: dict[str, list[str]], positional: list[str], age: int) -> tuple
     seen = set()
     for serial in serials:
         place = (serial.get("hardware", "serial"), serial.get("num", "1"))
-        if place in seen or (place[0] == "serial" and int(place[1]) > 4):
-            failed(f"serial device {place} given twice, or there is none")
+        if place[0] == "serial" and int(place[1]) > 4:
+            invalid("Serial port num must be 4 or less")
+        if place in seen:
+            failed(f"serial device {place} given twice")
         seen.add(place)
         if serial.get("type") == "file":
             roles["-".join(place)] = inherited(serial["path"], "serial")

@@ -1,10 +1,13 @@
-"""crosvm itself, where there is one: that it takes our command lines, and answers as the stand-in does.
+"""crosvm itself, where there is one: that it takes our command lines, and is as the stand-in has it.
 
 No guest has to come up for that; where KVM can be opened at all, the control socket is asked.
 """
 
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,8 +24,6 @@ from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm import crosvm
 from vmactor.vmm.crosvm_vmm import CrosvmVmm
 from vmactor.vmm.driver import Channels, KernelVsock, Launch, VhostUserVsock
-
-pytestmark = pytest.mark.anyio
 
 ARCH = os.uname().machine
 
@@ -69,6 +70,7 @@ async def status(vmm: CrosvmVmm) -> int | None:
 
 
 @pytest.mark.parametrize("kind", ["kernel vsock", "helper", "protected", "bootloader"])
+@pytest.mark.anyio
 async def test_it_understands_our_command_lines(build: Crosvm, launch: Launch, kind: str) -> None:
     config = launch.config
     if kind == "kernel vsock":
@@ -83,6 +85,7 @@ async def test_it_understands_our_command_lines(build: Crosvm, launch: Launch, k
     assert "arg parsing" not in said
 
 
+@pytest.mark.anyio
 async def test_an_option_that_a_build_has_not_ends_it_with_35(build: Crosvm, launch: Launch) -> None:
     other = replace(build, options=build.options - {"vsock", "vhost-user"} | {"cid", "vhost-vsock-fd"})
     wrong = replace(other, options=other.options - {"block"})
@@ -90,6 +93,39 @@ async def test_an_option_that_a_build_has_not_ends_it_with_35(build: Crosvm, lau
     process = await anyio.run_process([*line, "--no-such-option"], check=False)
     assert process.returncode == 35
     assert b"no-such-option" in process.stderr
+
+
+K = "KERNEL"
+LINES = [
+    *(["--nope", K], [K, K], [], ["-h"], ["--mem"], ["--params", "-x=1", K], ["--no-usb", "--no-usb", K]),
+    *(["--mem", "x", K], ["--mem", "0x80", K], ["--mem", "1", "--mem", "1", K], ["--bios", K, K]),
+    *(["--block", "path=/a,ro=maybe", K], ["--block", "path=/a,no=1", K], ["--block", "ro=true", K]),
+    *(["--block", "", K], ["--serial=type=wrong,num=1", K], ["--serial", "type=file,num=1", K]),
+    *(["--serial", "type=sink,num=5", K], ["--serial", "type=sink,num=1", "--serial", "type=sink,num=1", K]),
+    *(["--cid", "5", "--vsock", "6", K], ["--vsock", "cid=x", K], ["--vhost-vsock-fd", "x", K]),
+    *(["--vhost-user", "type=bogus,socket=/x", K], ["--no-balloon", "--balloon-page-reporting", K]),
+    *(["--cfg", "x", K], ["--cpus", "0", K], ["--vhost-user", "type=vsock", K], ["--name", "a", K]),
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_the_stand_in_takes_and_refuses_what_crosvm_does(build: Crosvm, line: list[str]) -> None:
+    standin = [sys.executable, "-I", str(Path(__file__).with_name("crosvm_standin.py")), "2026"]
+    with tempfile.TemporaryFile() as kernel:
+        kernel.write(b'{"exit": 1}')
+        kernel.flush()
+        words = [f"/proc/self/fd/{kernel.fileno()}" if word == K else word for word in line]
+        codes = [
+            subprocess.run(
+                [*program, "--extended-status", "run", "--disable-sandbox", *words],
+                check=False,
+                capture_output=True,
+                pass_fds=[kernel.fileno()],
+                timeout=30,
+            ).returncode
+            for program in ([str(build.path)], standin)
+        ]
+    assert codes[0] == codes[1]
 
 
 def disks(build: Crosvm, launch: Launch, stack: ExitStack) -> list[DiskImage]:
@@ -108,6 +144,7 @@ def disks(build: Crosvm, launch: Launch, stack: ExitStack) -> list[DiskImage]:
 
 
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm here")
+@pytest.mark.anyio
 async def test_it_runs_answers_and_ends_as_the_driver_expects(
     build: Crosvm, launch: Launch, guest_dir: Path
 ) -> None:
