@@ -290,6 +290,17 @@ def test_the_number_of_processors_changes_no_digest(
     assert heard[-1] == 2 * apk.stat().st_size
 
 
+def test_what_is_no_idsig_is_told_before_anything_is_hashed(tmp_path: Path) -> None:
+    heard: list[int] = []
+    with (
+        opened(sign_here(tmp_path / "apk", P256, 0x0201, by_p256)) as fd,
+        opened(tmp_path) as directory,
+        pytest.raises(ApkError, match="the idsig is not a regular file"),
+    ):
+        verify_apk(fd, directory, heard.append)
+    assert heard == []
+
+
 def test_an_exception_of_progress_ends_the_verification(tmp_path: Path) -> None:
     class EnoughError(Exception):
         pass

@@ -18,7 +18,7 @@ from vmactor.images.apk import TAMPERED, ApkSections, apk_size, find_sections, r
 from vmactor.images.apk_v3 import ALGORITHMS, Algorithm, ContentDigest, SignedData, find_signer
 from vmactor.images.block_hash import BLOCK, fill
 from vmactor.images.hash_processes import Progress
-from vmactor.images.idsig import Idsig, check_idsig_file
+from vmactor.images.idsig import Idsig, check_idsig_file, read_idsig
 from vmactor.images.merkle import MerkleTree
 from vmactor.images.signatures import certificate_key, check_signature, load_public_key, public_key_der
 
@@ -82,6 +82,8 @@ def verify_apk(
             "Signature algorithms don't match between digests and signatures records", advice=TAMPERED
         )
     digest = signed.digest_for(algorithm)
+    if idsig_fd is not None:
+        read_idsig(idsig_fd)  # what is none is told before the long part
     computed = content_digest(apk_fd, sections, algorithm.digest, progress)
     if computed != digest:
         raise ApkError(
