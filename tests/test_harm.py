@@ -1,4 +1,4 @@
-"""A callback or subscriber that raises, blocks or is cancelled harms only itself, on a service with others."""
+"""A callback or subscriber that raises, blocks or is cancelled harms only itself, in a whole service."""
 
 import math
 from collections.abc import AsyncIterator, Iterator
