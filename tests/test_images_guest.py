@@ -13,6 +13,9 @@ from vmactor import (
     DeathReason,
     DiskImage,
     PartitionType,
+    Restart,
+    RestartLimit,
+    RestartPolicy,
     StartFailedError,
     UnsafeImageError,
     VirtualizationService,
@@ -47,7 +50,8 @@ async def test_a_header_that_a_guest_writes_to_its_raw_disk_is_refused_at_the_ne
             disks=(DiskImage(raw, writable=True),),
         )
         created_before = await service.create_vm(config)
-        async with await service.create_vm(config) as vm:
+        again = RestartPolicy(when=Restart.PERMANENT, limit=RestartLimit(1, 600.0))
+        async with await service.create_vm(config, restart=again) as vm:
             await start_silent(vm)
             program = (
                 f"d=open('/dev/vda','r+b',0);d.write(bytes.fromhex('{planted.hex()}'));d.seek({1 << 16});"
@@ -57,7 +61,10 @@ async def test_a_header_that_a_guest_writes_to_its_raw_disk_is_refused_at_the_ne
             )
             assert await agent(vm, f"exec /usr/bin/python3 -S -E -c {program}") == "ok 0"
             await parting(vm, "poweroff")
-            await vm.wait()
+            second = await vm.wait()
+        assert second is not None
+        assert (second.generation, second.reason) == (2, DeathReason.START_FAILED)
+        assert "begins like a QCOW2 image; if a guest wrote that" in second.detail
 
         # The danger is real: whoever probes this file reads the secret.
         qemu_img("convert", "-O", "raw", tmp_path / "raw", tmp_path / "leak")
