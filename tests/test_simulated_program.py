@@ -58,7 +58,7 @@ def test_without_extended_status_every_end_of_a_guest_is_0() -> None:
 
 
 def test_what_a_guest_reports_comes_over_one_connection_and_is_answered_in_turn(short_dir: Path) -> None:
-    steps = ("started", "ready", "error 3 no task", "finished -7", "hang")
+    steps = ("started", "ready", "error 3 no task", "finished -7", "sleep 60000")
     with running(short_dir, script(*steps)) as program, program.accept() as manager:
         assert manager.peer == program.process.pid
         assert manager.answer() == ["notifyPayloadStarted"]
@@ -213,8 +213,8 @@ def test_a_request_that_crosvm_would_not_understand_is_never_answered(
 ) -> None:
     with running(short_dir, script("hang")) as program, program.control() as connection:
         connection.send(request_ if isinstance(request_, bytes) else request_.encode())
-        connection.send(b'"ResumeVm"')  # the first reply is the second request's, and the only one
-        assert connection.recv(100) == b'"Ok"'
+        connection.send(b'"VcpuPidTid"')  # the first reply is the second request's, and the only one
+        assert connection.recv(100).startswith(b'{"VcpuPidTidResponse":')
         connection.setblocking(False)
         with pytest.raises(BlockingIOError):
             connection.recv(100)
@@ -289,7 +289,13 @@ def test_the_script_makes_the_control_socket_silent_slow_refusing_garbled_or_clo
                 now("slow 20")
                 connection.send(b'"MakeRT"')
                 assert connection.recv(100) == b'"Ok"'
-            now("answer")
+                now("slow 60000")
+                connection.send(b'"MakeRT"')
+                now("answer")
+                now("answer")  # the request was there before these two, and is still not answered
+                connection.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    connection.recv(100)
             assert program.request('"ResumeVm"') == "Ok"
             steps.sendall(b"control moody\n")
             assert steps.recv(200).startswith(b"error control takes")

@@ -8,7 +8,7 @@ descriptor or socket of the run is left.
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -244,6 +244,7 @@ class Run:
     async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes", config: RawConfig) -> Vmm:
         spec = self._spec
         device: VsockDevice
+        lent = ExitStack()  # what only the VMM needs; it has its own by inheritance
         if self._helper is not None:
             connection = await self._helper.connect()
             stack.callback(os.close, connection)
@@ -252,10 +253,11 @@ class Run:
             device = KernelVsock(spec.vhost_fd)
         else:
             directory = os.open(spec.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, directory)
+            lent.callback(os.close, directory)
             device = DirectVsock(directory)
         launch = Launch(spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner)
-        vmm = await spec.driver.spawn(launch)
+        with lent:
+            vmm = await spec.driver.spawn(launch)
         await stack.enter_async_context(self._closing("its VMM", vmm, vmm.aclose))
         return vmm
 
