@@ -16,6 +16,7 @@ from vmactor.messages import (
     PayloadReady,
     PayloadStarted,
     Removed,
+    Restarting,
     Started,
 )
 
@@ -60,6 +61,8 @@ def died(reason: str) -> Event:
         ([Created(), died("START_FAILED")], 13),
         ([*READY, finished(0), died("START_FAILED")], 13),
         ([*UP, HungUp(timeout=30), died("HANGUP")], 14),
+        ([*READY, ERROR, died("CRASH"), Restarting(), Started(), died("SHUTDOWN")], 0),
+        ([*READY, finished(0), died("SHUTDOWN"), Restarting(), Started(), died("CRASH")], 12),
         ([Created(), Removed()], 1),
         ([], 1),
     ],

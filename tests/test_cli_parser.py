@@ -53,7 +53,7 @@ def test_what_cannot_be_understood_is_refused_with_status_2(
 def test_options_arrive_as_they_were_meant() -> None:
     line = (
         "run a.json --name x --vmm qemu --cpu-topology match_host --memory 64 --console - --log l "
-        "--hangup-timeout 2.5 --state-dir /s"
+        "--hangup-timeout 2.5 --restart always --state-dir /s"
     )
     args = parser.build().parse_args(line.split())
     assert vars(args) == {
@@ -66,9 +66,17 @@ def test_options_arrive_as_they_were_meant() -> None:
         "console": "-",
         "log": "l",
         "hangup_timeout": 2.5,
+        "restart": "always",
         "state_dir": Path("/s"),
         "json": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [("", None), ("--restart", "on-failure"), ("--restart=always", "always")]
+)
+def test_a_restart_is_on_failure_unless_it_is_said_otherwise(line: str, value: str | None) -> None:
+    assert parser.build().parse_args(["run", "a.json", *line.split()]).restart == value
 
 
 @pytest.mark.parametrize("start", [["-m", "vmactor"], ["-c", "from vmactor.cli import main; main()"]])
