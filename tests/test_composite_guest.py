@@ -231,3 +231,43 @@ async def test_128_partitions_are_one_disk_and_no_descriptor_of_a_read_only_one_
     for number in range(127):
         assert (short_dir / str(number)).read_bytes() == bytes([number]) * 4000
     assert last.read_bytes() != bytes([127]) * 4096
+
+
+@pytest.fixture
+def block_device(short_dir: Path) -> Iterator[Path]:
+    """A loop device of 1 MiB."""
+    image = short_dir / "image"
+    image.write_bytes(b"d" * (1 << 20))
+    try:
+        done = subprocess.run(
+            ["losetup", "--find", "--show", image], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        pytest.skip(f"no losetup: {error}")
+    if done.returncode:
+        pytest.skip(f"no loop device: {done.stderr.strip()}")
+    device = Path(done.stdout.strip())
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.parametrize("begin", [None, 20480])
+async def test_block_devices_can_be_disks_and_partitions(
+    short_dir: Path, guest_dir: Path, block_device: Path, begin: int | None
+) -> None:
+    with block_device.open("r+b", buffering=0) as device:
+        part = Partition("a", device, writable=True)
+        disk = (
+            DiskImage(device, writable=True) if begin is None else DiskImage(writable=True, partitions=[part])
+        )
+        config = configuration(guest_dir, "hang", disks=[disk])
+    with config:
+        async with guest(short_dir, config) as it:
+            await it.vmm.wait_running()
+            if begin is not None:  # the monitor may not write to the other disk beside the guest
+                line = f'qemu-io disk0 "write -P 1 {begin} 4096"'
+                await it.vmm._qmp.execute("human-monitor-command", {"command-line": line})
+            (block,) = await it.vmm._qmp.execute("query-block")
+    assert block["inserted"]["image"]["virtual-size"] == (1 << 20) + (2 * begin if begin else 0)
+    if begin is not None:
+        assert block_device.read_bytes()[:8192] == b"\1" * 4096 + b"d" * 4096
