@@ -26,8 +26,9 @@ check: setup  ## Lint, formatting, types, direction of imports
 	@$(BIN)/lint-imports > build/imports.log || { cat build/imports.log; exit 1; }
 	@echo 'check: passed'
 
-test: guest check  ## Check, then run every test (one module: ARGS=tests/test_bus.py)
+test: guest check  ## Check, then run every test, those of the lab too (one module: ARGS=tests/test_bus.py)
 	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(BIN)/python -m tools.kernel_lab)
 
 lab: guest  ## Run the tests that need KVM, vhost-vsock and AF_VSOCK, in a guest that has them
 	@$(BIN)/python -m tools.kernel_lab $(ARGS)
