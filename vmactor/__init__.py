@@ -15,6 +15,7 @@ Everything that users need is here; modules below are details.
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.service import VirtualizationService
+from vmactor.app_config import AppConfig
 from vmactor.bus import Overflow, Subscription
 from vmactor.config import DiskImage, Partition, RawConfig
 from vmactor.config_file import load_config
@@ -43,6 +44,7 @@ from vmactor.messages import (
     CpuTopology,
     Created,
     DeathReason,
+    DebugLevel,
     Died,
     ErrorCode,
     Event,
@@ -71,6 +73,9 @@ from vmactor.messages import (
     VmInfo,
     VsockMessage,
 )
+from vmactor.microdroid.apexes import StagedApex
+from vmactor.microdroid.extra_apks import open_extra_apks
+from vmactor.microdroid.platform import Platform
 from vmactor.restarts import Backoff, Restart, RestartLimit
 from vmactor.vsock import VsockAttribute, VsockListener, VsockStream
 
@@ -79,11 +84,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ActorDiedError",
     "ApkError",
+    "AppConfig",
     "Backoff",
     "CpuTopology",
     "Created",
     "DeadlineExceededError",
     "DeathReason",
+    "DebugLevel",
     "Died",
     "DiskImage",
     "ErrorCode",
@@ -108,6 +115,7 @@ __all__ = [
     "PayloadReady",
     "PayloadStarted",
     "PayloadState",
+    "Platform",
     "RawConfig",
     "Reaped",
     "Removed",
@@ -123,6 +131,7 @@ __all__ = [
     "ServiceSpecificError",
     "SlowSubscriberError",
     "Snapshot",
+    "StagedApex",
     "StartFailedError",
     "Started",
     "Subscription",
@@ -142,4 +151,5 @@ __all__ = [
     "VsockMessage",
     "VsockStream",
     "load_config",
+    "open_extra_apks",
 ]

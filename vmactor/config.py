@@ -13,7 +13,7 @@ import fcntl
 import os
 import resource
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol, Self
@@ -58,7 +58,8 @@ Descriptor = int | HasFileno
 """How callers name an open file."""
 
 
-def _descriptor(what: str, value: Descriptor | None) -> int | None:
+def descriptor_number(what: str, value: Descriptor | None) -> int | None:
+    """The number of what a caller gave as a file; raises IllegalArgumentError, which begins with ``what``."""
     if value is None:
         return None
     try:
@@ -108,7 +109,7 @@ class Partition:
         size: int | None = None,
     ) -> None:
         object.__setattr__(self, "label", label)
-        object.__setattr__(self, "image", _descriptor("partition image", image))
+        object.__setattr__(self, "image", descriptor_number("partition image", image))
         object.__setattr__(self, "writable", writable)
         object.__setattr__(self, "format", _format("partition format", format))
         object.__setattr__(self, "size", size)
@@ -138,13 +139,15 @@ class DiskImage:
         partitions: Iterable[Partition] = (),
         format: str | None = None,  # noqa: A002 - the field's word
     ) -> None:
-        object.__setattr__(self, "image", _descriptor("disk image", image))
+        object.__setattr__(self, "image", descriptor_number("disk image", image))
         object.__setattr__(self, "writable", writable)
         object.__setattr__(self, "partitions", tuple(partitions))
         object.__setattr__(self, "format", _format("disk format", format))
 
 
-class _File(NamedTuple):
+class FileUse(NamedTuple):
+    """A file of a configuration, and what it is for."""
+
     field: str
     fd: int
     writable: bool
@@ -208,9 +211,9 @@ class RawConfig:
             ) from None
         values: dict[str, object] = {
             "name": name,
-            "kernel": _descriptor("kernel", kernel),
-            "initrd": _descriptor("initrd", initrd),
-            "bootloader": _descriptor("bootloader", bootloader),
+            "kernel": descriptor_number("kernel", kernel),
+            "initrd": descriptor_number("initrd", initrd),
+            "bootloader": descriptor_number("bootloader", bootloader),
             "params": params,
             "disks": tuple(disks),
             "protected_vm": protected_vm,
@@ -269,31 +272,19 @@ class RawConfig:
             IllegalArgumentError: One of them is not; the message names the field.
         """
         for file in self._files():
-            flags = _check_open(file)
-            check_kind(file.field, os.fstat(file.fd).st_mode, disk=file.disk)
-            if flags & os.O_PATH:
-                problem = "was opened with O_PATH and cannot be read; open it for reading"
-            elif file.writable and flags & os.O_ACCMODE != os.O_RDWR:
-                problem = "belongs to a writable disk; open it for reading and writing"
-            elif file.writable and flags & os.O_APPEND:
-                problem = "is in append mode, where all writes go to the end; open it without O_APPEND"
-            elif flags & os.O_ACCMODE not in {os.O_RDONLY, os.O_RDWR}:
-                problem = "is open for writing only; open it for reading"
-            else:
-                continue
-            raise IllegalArgumentError(f"{file.field}: descriptor {file.fd} {problem}")
+            check_file(file)
 
     # -- Descriptors -------------------------------------------------------------------------------
 
-    def _files(self) -> Iterator[_File]:
+    def _files(self) -> Iterator[FileUse]:
         for name in ("kernel", "initrd", "bootloader"):
             if (fd := getattr(self, name)) is not None:
-                yield _File(name, fd, writable=False, disk=False)
+                yield FileUse(name, fd, writable=False, disk=False)
         for i, disk in enumerate(self.disks):
             if disk.image is not None:
-                yield _File(f"disks[{i}].image", disk.image, disk.writable, disk=True)
+                yield FileUse(f"disks[{i}].image", disk.image, disk.writable, disk=True)
             for j, part in enumerate(disk.partitions):
-                yield _File(f"disks[{i}].partitions[{j}].image", part.image, part.writable, disk=True)
+                yield FileUse(f"disks[{i}].partitions[{j}].image", part.image, part.writable, disk=True)
 
     def fds(self) -> tuple[int, ...]:
         """Every descriptor, each once, in ascending order."""
@@ -308,15 +299,7 @@ class RawConfig:
             IllegalArgumentError: A descriptor is not open; the message names the field.
             ResourceExhaustedError: This process may not have that many descriptors.
         """
-        for file in self._files():
-            _check_open(file)  # all of them first, since a duplicate may take the number of one that is not
-        copies: list[int] = []
-        try:
-            for file in self._files():
-                copies.append(_duplicate(file))  # noqa: PERF401 - what was made before an error must be known
-        except BaseException:
-            _close(copies)
-            raise
+        copies = duplicate_files(list(self._files()))
         left = iter(copies)
         kernel, initrd, bootloader = (
             None if fd is None else next(left) for fd in (self.kernel, self.initrd, self.bootloader)
@@ -336,7 +319,7 @@ class RawConfig:
 
     def close(self) -> None:
         """Close the descriptors that this configuration owns; nothing if it borrows or was closed before."""
-        _close(self._owned)
+        close_files(self._owned)
 
     def __enter__(self) -> Self:
         return self
@@ -372,6 +355,42 @@ def _check_disk(path: str, disk: DiskImage) -> None:
 # -- Descriptors -------------------------------------------------------------------------------------
 
 
+def check_file(file: FileUse) -> None:
+    """Check that a descriptor is open, in a mode that fits its use. Raises IllegalArgumentError."""
+    flags = _check_open(file)
+    check_kind(file.field, os.fstat(file.fd).st_mode, disk=file.disk)
+    if flags & os.O_PATH:
+        problem = "was opened with O_PATH and cannot be read; open it for reading"
+    elif file.writable and flags & os.O_ACCMODE != os.O_RDWR:
+        problem = "belongs to a writable disk; open it for reading and writing"
+    elif file.writable and flags & os.O_APPEND:
+        problem = "is in append mode, where all writes go to the end; open it without O_APPEND"
+    elif flags & os.O_ACCMODE not in {os.O_RDONLY, os.O_RDWR}:
+        problem = "is open for writing only; open it for reading"
+    else:
+        return
+    raise IllegalArgumentError(f"{file.field}: descriptor {file.fd} {problem}")
+
+
+def duplicate_files(files: Sequence[FileUse]) -> list[int]:
+    """Duplicate all descriptors or none, close-on-exec and above 2.
+
+    Raises:
+        IllegalArgumentError: A descriptor is not open; the message names the field.
+        ResourceExhaustedError: This process may not have that many descriptors.
+    """
+    for file in files:
+        _check_open(file)  # all of them first, since a duplicate may take the number of one that is not
+    copies: list[int] = []
+    try:
+        for file in files:
+            copies.append(_duplicate(file))  # noqa: PERF401 - what was made before an error must be known
+    except BaseException:
+        close_files(copies)
+        raise
+    return copies
+
+
 def no_descriptors(what: str) -> ResourceExhaustedError:
     """The error for a file that could not be opened because of a limit."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -381,7 +400,7 @@ def no_descriptors(what: str) -> ResourceExhaustedError:
     )
 
 
-def _check_open(file: _File) -> int:
+def _check_open(file: FileUse) -> int:
     """The descriptor's status flags, if it is open."""
     try:
         return fcntl.fcntl(file.fd, fcntl.F_GETFL)
@@ -391,7 +410,7 @@ def _check_open(file: _File) -> int:
         ) from None
 
 
-def _duplicate(file: _File) -> int:
+def _duplicate(file: FileUse) -> int:
     try:
         return fcntl.fcntl(file.fd, fcntl.F_DUPFD_CLOEXEC, 3)
     except OSError as error:
@@ -408,16 +427,17 @@ def duplicated(what: str, file: Descriptor) -> Iterator[int]:
         IllegalArgumentError: It is no descriptor, or not open; the message begins with ``what``.
         ResourceExhaustedError: This process may not have more descriptors.
     """
-    fd = _descriptor(what, file)
+    fd = descriptor_number(what, file)
     if fd is None:
         raise IllegalArgumentError(f"{what} must be an open file or a descriptor, not None")
-    copy = _duplicate(_File(what, fd, writable=False, disk=False))
+    copy = _duplicate(FileUse(what, fd, writable=False, disk=False))
     try:
         yield copy
     finally:
         os.close(copy)
 
 
-def _close(fds: list[int]) -> None:
+def close_files(fds: list[int]) -> None:
+    """Close descriptors and forget them."""
     while fds:
         os.close(fds.pop())

@@ -10,6 +10,7 @@ additions.
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -225,8 +226,22 @@ def parse_config(data: str | bytes) -> VmConfigFile:
 # -- Files --------------------------------------------------------------------------------------------
 
 
-def _open(opened: contextlib.ExitStack, what: str, path: Path, *, writable: bool, disk: bool) -> int:
-    """Open a file after a look at what it is: to open a pipe may block, to open a device may have effects."""
+def open_file(
+    opened: contextlib.ExitStack, what: str, path: Path, *, writable: bool = False, disk: bool = False
+) -> int:
+    """Open a file after a look at what it is: to open a pipe may block, to open a device may have effects.
+
+    Args:
+        opened: Closes it.
+        what: What an error begins with.
+        path: A regular file.
+        writable: Whether to open it for writing, too.
+        disk: Whether it may also be a block device.
+
+    Raises:
+        IllegalArgumentError: It cannot be opened, or is something else.
+        ResourceExhaustedError: No descriptor is left.
+    """
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -255,7 +270,12 @@ def _read(fd: int) -> bytes:
         raise IllegalArgumentError(f"cannot be read: {error.strerror}") from error
 
 
-def load_config(path: str | os.PathLike[str], *, name: str | None = None) -> RawConfig:
+def load_config(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    locate: Callable[[Path], Path] | None = None,
+) -> RawConfig:
     """Read a configuration file and open all files that it names, relative to its own directory.
 
     Blocks as long as the file systems do: call it in a thread.
@@ -263,6 +283,7 @@ def load_config(path: str | os.PathLike[str], *, name: str | None = None) -> Raw
     Args:
         path: The JSON file.
         name: The VM's name, whatever the file says; without it the file's, else ``VmRun``.
+        locate: Says where a file that it names really is, if elsewhere.
 
     Returns:
         A configuration that owns its descriptors: use it in a ``with`` block, or ``close`` it. After an error
@@ -275,12 +296,15 @@ def load_config(path: str | os.PathLike[str], *, name: str | None = None) -> Raw
     """
     path = Path(path)
     with contextlib.ExitStack() as opened:
-        fd = _open(opened, "configuration file", path, writable=False, disk=False)
+        fd = open_file(opened, "configuration file", path)
         with about(f'"{escape(str(path))}"'):
             config = parse_config(_read(fd))
 
             def file(what: str, given: str, *, writable: bool = False, disk: bool = False) -> int:
-                return _open(opened, what, path.parent / given, writable=writable, disk=disk)
+                place = path.parent / given
+                return open_file(
+                    opened, what, locate(place) if locate else place, writable=writable, disk=disk
+                )
 
             def boot_file(what: str, given: str | None) -> int | None:
                 return None if given is None else file(what, given)

@@ -60,6 +60,10 @@ class VmactorError(Exception):
         """The text alone, without the class name."""
         return str(self)
 
+    def about(self, what: str) -> "VmactorError":
+        """The same error, which says at its beginning what it is about."""
+        return type(self)(f"{what}: {self}")
+
 
 class IllegalArgumentError(VmactorError):
     """A value that can never be right; correct the call."""
@@ -163,6 +167,10 @@ class ApkError(ImageError):
         self.advice = advice
         self.reason = f"{text}\n\nCaused by:\n    {chain}" if causes else text
         super().__init__(f"{self.reason}; {advice}")
+
+    def about(self, what: str) -> "ApkError":
+        """The same error, as the cause of another."""
+        return ApkError(what, self.text, *self.causes, advice=self.advice)
 
 
 class VsockError(ServiceSpecificError):

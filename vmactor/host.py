@@ -334,10 +334,10 @@ _COMMAND: Final = re.compile(r"^  ([a-z][a-z0-9_]*)(?= |$)", re.MULTILINE)
 def _listed(path: Path, arguments: list[str], entry: re.Pattern[str], timeout: float) -> frozenset[str]:
     """The names in a help text; none if it does not come, in time and with status 0."""
     try:
-        code, output = _output([os.fspath(path), *arguments], timeout, _HELP_LIMIT)
+        code, data = output_of([os.fspath(path), *arguments], timeout, _HELP_LIMIT)
     except OSError:
         return frozenset()
-    return frozenset(entry.findall(output)) if code == 0 else frozenset()
+    return frozenset(entry.findall(data.decode(errors="replace"))) if code == 0 else frozenset()
 
 
 def _simulated(environ: Mapping[str, str], path: str, checkouts: Iterable[Path]) -> Program:
@@ -369,9 +369,10 @@ def _ask(path: Path, argument: str, timeout: float, advice: str) -> Program:
     """Run ``path argument`` and read a version off what it prints."""
     shown = escape(str(path))
     try:
-        code, output = _output([os.fspath(path), argument], timeout)
+        code, data = output_of([os.fspath(path), argument], timeout)
     except OSError as error:
         return Program(False, f"{shown} cannot be run: {error.strerror}", advice, path)
+    output = data.decode(errors="replace")
     if code is None:
         return Program(False, f"{shown} did not tell its version within {timeout:g} s", advice, path)
     if code != 0:
@@ -382,7 +383,7 @@ def _ask(path: Path, argument: str, timeout: float, advice: str) -> Program:
     return Program(True, f"{shown} {version or '(version unknown)'}", "", path, version)
 
 
-def _output(args: list[str], timeout: float, limit: int = _OUTPUT_LIMIT) -> tuple[int | None, str]:
+def output_of(args: list[str], timeout: float, limit: int = _OUTPUT_LIMIT) -> tuple[int | None, bytes]:
     """Run a command for its first words; status None if it was not done in time. Leaves nothing running.
 
     Not ``subprocess.run``: that waits without a deadline for what a killed wrapper script started, and keeps
@@ -413,4 +414,4 @@ def _output(args: list[str], timeout: float, limit: int = _OUTPUT_LIMIT) -> tupl
             os.killpg(child.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
         with suppress(subprocess.TimeoutExpired):
             child.wait(1)
-    return code, data.decode(errors="replace")
+    return code, data

@@ -23,6 +23,13 @@ class CpuTopology(IntEnum):
     MATCH_HOST = 1
 
 
+class DebugLevel(IntEnum):
+    """How much of an app's VM can be looked into."""
+
+    NONE = 0
+    FULL = 1
+
+
 class PartitionType(IntEnum):
     """What a writable partition is initialised as."""
 

@@ -82,7 +82,7 @@ def about(what: str) -> Iterator[None]:
     try:
         yield
     except VmactorError as error:
-        raise type(error)(f"{what}: {error}") from error.__cause__
+        raise error.about(what) from error.__cause__
 
 
 def _shown(value: object) -> str:
@@ -139,15 +139,16 @@ def list_of(read: Reader[T], most: int) -> Reader[tuple[T, ...]]:
 
 
 def object_of(
-    make: Callable[..., T], required: str, later: Mapping[str, str], **fields: Reader[object]
+    make: Callable[..., T], required: str, later: Mapping[str, str] | None, **fields: Reader[object]
 ) -> Reader[T]:
     """A reader of objects.
 
     Args:
         make: Called with the fields that were given.
         required: Names of fields that must be there, separated by blanks.
-        later: Fields that are refused by name, in snake case, and what to do instead.
-        fields: The reader of each field; there are no others.
+        later: Fields that are refused by name, in snake case, and what to do instead. None where fields
+            that nobody knows are passed over.
+        fields: The reader of each field; unless others are passed over, there are no others.
     """
 
     def read(value: object, path: str) -> T:
@@ -158,6 +159,8 @@ def object_of(
         for name, item in value:
             at = f"{path}.{name}" if path else name
             if name not in fields:
+                if later is None:
+                    continue
                 raise _unknown(path, name, list(fields), later)
             if name in given:
                 raise IllegalArgumentError(f"{at}: is given twice; leave one")

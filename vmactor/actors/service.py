@@ -27,6 +27,7 @@ from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.vm import VmActor, VmContext
+from vmactor.app_config import AppConfig
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.errors import (
@@ -50,6 +51,8 @@ from vmactor.messages import (
     VirtualMachineState,
     VmInfo,
 )
+from vmactor.microdroid.platform import Platform
+from vmactor.microdroid.translate import to_raw_config
 from vmactor.platform_version import Version
 from vmactor.process import is_caller
 from vmactor.state_dir import StateDirectory, default_path
@@ -77,6 +80,7 @@ class VirtualizationService:
         state_directory: Shared by all managers of this user; default ``/run/vmactor`` for root, else
             ``$XDG_RUNTIME_DIR/vmactor``.
         facts: What the host can do; probed if not given.
+        platform: Where Microdroid is, for app configurations (docs/apps.md).
 
     What crashed managers left in the state directory is ended in the background after entering;
     ``Reaped`` and ``Orphaned`` tell (docs/crash.md).
@@ -90,11 +94,13 @@ class VirtualizationService:
         vmm: str | Selection = "auto",
         state_directory: str | os.PathLike[str] | None = None,
         facts: HostFacts | None = None,
+        platform: Platform | None = None,
     ) -> None:
         self.bus = new_bus(self._snapshot)
         self._vmm = vmm
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
+        self._platform = platform or Platform()
         self._actors: dict[int, VmActor] = {}
         self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
         self._workers = anyio.CapacityLimiter(WORKERS)
@@ -145,12 +151,12 @@ class VirtualizationService:
 
     async def create_vm(
         self,
-        config: RawConfig,
+        config: RawConfig | AppConfig,
         *,
         console: int | None = None,
         log: int | None = None,
         ramdump: int | None = None,
-        hangup_detection: bool = False,
+        hangup_detection: bool | None = None,
         hangup_timeout: float | None = None,
         restart: RestartPolicy | None = None,
         requester: Requester | None = None,
@@ -162,7 +168,8 @@ class VirtualizationService:
             console: Descriptor that the guest's console is copied to (up to 64 MiB), duplicated as well.
             log: The same for the guest's log (hvc2).
             ramdump: The same for a crash dump (hvc1, up to 4 GiB).
-            hangup_detection: Kill the VM if its payload does not report its start in time.
+            hangup_detection: Kill the VM if its payload does not report its start in time; without it, that
+                is so for app configurations.
             hangup_timeout: Seconds for that; default 30, or 300 where the guest is emulated or nested.
             restart: Start the VM again by these rules when a run ends that nobody stopped; never if None.
             requester: The user whose rights the VM's processes have; default this process's user. Another
@@ -175,6 +182,7 @@ class VirtualizationService:
         Raises:
             IllegalArgumentError: The configuration can never work, or needs another platform version.
             UnsupportedOperationError: The VMM cannot do what the configuration asks for.
+            ApkError: The payload's configuration cannot be read out of the APK.
             UnsafeImageError: A guest may have changed a disk's format, or a disk names other files.
             ImageError: A disk is broken, cannot be read, or is not of the format that it was said to be.
             ResourceExhaustedError: No CID, descriptor or space.
@@ -186,10 +194,14 @@ class VirtualizationService:
         if requester is not None and not is_caller(requester) and os.geteuid() != 0:
             raise SecurityError("only root can run a VM for another user: leave the requester out")
         driver = self._selection.driver
-        self._check(config)
+        if isinstance(config, AppConfig):
+            config.validate()
+        else:
+            self._check(config)
+        watched = isinstance(config, AppConfig) if hangup_detection is None else hangup_detection
         if hangup_timeout is not None and not hangup_timeout > 0:
             raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
-        if hangup_timeout is not None and not hangup_detection:
+        if hangup_timeout is not None and not watched:
             raise IllegalArgumentError("a hang-up timeout is of no use without hangup_detection=True")
         timeout = hangup_timeout or (HANGUP_SECONDS_EMULATED if driver.emulated else HANGUP_SECONDS)
         with ExitStack() as owned:
@@ -198,9 +210,10 @@ class VirtualizationService:
             owned.callback(own.close)
             # Checked on our duplicates: nobody can exchange these between the check and the use.
             own.check_descriptors()
-            files = own
-            if own.disks:
-                files = await anyio.to_thread.run_sync(lock_formats, own, limiter=self._workers)
+            if isinstance(own, AppConfig) or own.disks:
+                files = await anyio.to_thread.run_sync(self._prepare, own, owned, limiter=self._workers)
+            else:
+                files = own
             sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
             place = await self._places.find(claim, requester)
             spec = RunSpec(
@@ -230,7 +243,7 @@ class VirtualizationService:
                 requester_pid=os.getpid(),
                 created=datetime.now(UTC),
             )
-            hangup = timeout if hangup_detection else None
+            hangup = timeout if watched else None
             return await self._start_actor(spec, info, place, owned, hangup_timeout=hangup, restart=restart)
 
     async def initialize_writable_partition(
@@ -351,6 +364,17 @@ class VirtualizationService:
         config.validate()
         config.check_platform(Version.parse(self._selection.driver.platform_version))
         self._selection.driver.validate(config)
+
+    def _prepare(self, config: RawConfig | AppConfig, owned: ExitStack) -> RawConfig:
+        """Look at a VM's files, in a thread: what an app's VM is made of, and what each disk is."""
+        if isinstance(config, AppConfig):
+            raw = to_raw_config(config, self._platform)
+            owned.callback(raw.close)
+            config.close()  # the raw one has duplicates of what it uses
+            self._check(raw)
+            raw.check_descriptors()
+            config = raw
+        return lock_formats(config)
 
     def _vsock_peer(self, cid: int) -> int | None:
         actor = self._actors.get(cid)

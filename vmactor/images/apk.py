@@ -116,6 +116,16 @@ def find_sections(fd: int, size: int) -> ApkSections:
     return ApkSections(block, start, end, record, _find_v3_block(fd, block, start))
 
 
+def find_directory(fd: int, size: int) -> tuple[int, int]:
+    """Where a ZIP's central directory begins and ends; its entries are not looked at.
+
+    Raises:
+        ApkError: It is not a ZIP, or not one that an APK can be.
+    """
+    end, record = _find_end(fd, size)
+    return _central_directory(fd, end, record), end
+
+
 def short_hex(value: bytes) -> str:
     """A digest of a file in hexadecimal; what is longer than any digest is cut."""
     return value[:64].hex() + ("..." if len(value) > 64 else "")

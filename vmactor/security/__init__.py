@@ -1,0 +1,1 @@
+"""Who may do what: permissions of users, and labels of files."""
