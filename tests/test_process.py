@@ -1,5 +1,6 @@
 """Child processes: what an exit is, who may take it, and that nothing is left."""
 
+import _thread
 import errno
 import os
 import resource
@@ -286,11 +287,11 @@ def test_what_cannot_be_a_user_is_refused(number: Any) -> None:
 
 
 async def test_without_a_thread_to_spare_nothing_is_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_thread(_self: threading.Thread) -> None:
+    def no_thread(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", no_thread)
+        patched.setattr(_thread, "start_new_thread", no_thread)
         with pytest.raises(BlockingIOError):
             Process.spawn(SLEEP)
 

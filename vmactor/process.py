@@ -20,6 +20,7 @@ What it promises:
 wait for it, and if it is cancelled one of the others takes over.
 """
 
+import _thread
 import ctypes
 import errno
 import functools
@@ -29,7 +30,6 @@ import select
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -315,6 +315,8 @@ def _call_restricted(start: "Callable[[], subprocess.Popen[bytes]]") -> "subproc
     """
     started: list[subprocess.Popen[bytes]] = []
     failed: list[BaseException] = []
+    done = _thread.allocate_lock()
+    done.acquire()
 
     def run() -> None:
         try:
@@ -322,13 +324,16 @@ def _call_restricted(start: "Callable[[], subprocess.Popen[bytes]]") -> "subproc
             started.append(start())
         except BaseException as error:  # handed to the caller
             failed.append(error)
+        finally:
+            done.release()
 
-    thread = threading.Thread(target=run, name="vmactor spawn")
+    # Not a threading.Thread: to start and to join one are two more switches between threads. And not one that
+    # is kept: a child inherits what belongs to a thread (its network, say, or processors), so the caller's.
     try:
-        thread.start()
+        _thread.start_new_thread(run, ())
     except RuntimeError as error:  # what Python makes of EAGAIN
         raise BlockingIOError(errno.EAGAIN, "no thread can be made") from error
-    thread.join()
+    done.acquire()
     if failed:
         raise failed[0]
     return started[0]
