@@ -15,6 +15,7 @@ setup:  ## Install what is missing: Debian packages, .venv, helpers
 
 guest: setup  ## Build the guests that the demo and the tests boot
 	@$(BIN)/python tools/build_guest.py
+	@$(BIN)/python tools/build_tinydroid.py
 
 demo: guest  ## Boot a real Linux guest and show its whole life (more arguments: ARGS=--json)
 	@$(BIN)/vmactor demo $(ARGS)

@@ -94,3 +94,12 @@ def guest_dir() -> Path:
     if not (path / "vm.json").exists():
         pytest.fail(f"no guest in {path}: run 'make guest'")
     return path
+
+
+@pytest.fixture(scope="session")
+def tinydroid_dir() -> Path:
+    """The built guest that plays Microdroid; ``make test`` builds it first."""
+    path = Path(os.environ.get("VMACTOR_TINYDROID", ROOT / "build" / "tinydroid"))
+    if not (path / "stamp").exists():
+        pytest.fail(f"no tinydroid in {path}: run 'make guest'")
+    return path

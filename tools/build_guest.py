@@ -308,6 +308,18 @@ def needed_modules(interpreter: Path, programs: Iterable[Path]) -> list[Path]:
     return sorted(path for path in map(Path, listed.splitlines()) if path not in programs)
 
 
+def add_compiled(archive: Archive, name: str, source: Path) -> None:
+    """Add a module's byte code, or else the guest compiles it at every start."""
+    if sys.version_info[:2] != (3, 11):  # only this very version can make what Debian's Python reads
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = Path(directory, "compiled.pyc")
+        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        py_compile.compile(str(source), str(compiled), f"/{name}", doraise=True, invalidation_mode=unchecked)
+        parent, _, stem = name.removesuffix(".py").rpartition("/")
+        archive.file(f"{parent}/__pycache__/{stem}.cpython-311.pyc", compiled.read_bytes())
+
+
 def add_python(archive: Archive, root: Path) -> None:
     """Add Debian's Python, the needed part of its library, and vmactor's guest module."""
     interpreter = root / "usr/bin/python3.11"
@@ -319,17 +331,8 @@ def add_python(archive: Archive, root: Path) -> None:
         archive.file(name, path.read_bytes())
         if path.suffix == ".so":
             binaries.append(path)
-        elif sys.version_info[:2] == (
-            3,
-            11,
-        ):  # byte code of this very version, or the guest compiles it itself
-            compiled = root / "compiled.pyc"
-            unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
-            py_compile.compile(
-                str(path), str(compiled), f"/{name}", doraise=True, invalidation_mode=unchecked
-            )
-            parent, _, stem = name.removesuffix(".py").rpartition("/")
-            archive.file(f"{parent}/__pycache__/{stem}.cpython-311.pyc", compiled.read_bytes())
+        else:
+            add_compiled(archive, name, path)
     for binary in binaries:
         for name, file in needed_libraries(binary, root):
             archive.file(name, file.read_bytes(), 0o755)
