@@ -113,6 +113,9 @@ class ScriptedVmm:
     async def request_shutdown(self) -> None:
         await self._request("request_shutdown")
 
+    async def request_exit(self) -> None:
+        await self._request("request_exit")
+
     async def balloon_stats(self) -> BalloonStats | None:
         await self._request("balloon_stats")
         return self.stats

@@ -12,8 +12,10 @@ from vmactor.actors.lifecycle import (
     Action,
     Answer,
     ArmHangup,
+    AskToStop,
     Clear,
     ControlDone,
+    DropControl,
     Finish,
     GuestReported,
     HangupExpired,
@@ -27,6 +29,8 @@ from vmactor.actors.lifecycle import (
     RunControl,
     RunEnded,
     SpawnRun,
+    StopRefused,
+    Unpaused,
     VmmGone,
     VmmRunning,
     VmmSpawned,
@@ -39,6 +43,7 @@ from vmactor.errors import (
     IllegalStateError,
     InvalidPayloadTransitionError,
     MailboxFullError,
+    NotStoppedError,
     StartFailedError,
     VmmError,
 )
@@ -61,6 +66,7 @@ from vmactor.messages import (
     Start,
     Started,
     Stop,
+    StopRung,
     Suspend,
     TrimMemory,
     VirtualMachineState,
@@ -75,6 +81,9 @@ FINISHED = GuestReported(1, NotifyPayloadFinished(3))
 FAILED = GuestReported(1, NotifyError(ErrorCode.PAYLOAD_CHANGED, "changed"))
 ENDED = RunEnded(1, DeathReason.SHUTDOWN, exit_code=0)
 CRASHED = RunEnded(1, DeathReason.CRASH, exit_code=1)
+KILLED = RunEnded(1, DeathReason.KILLED, signal=9)
+PRESS = Stop(StopRung.POWER_BUTTON)
+EXIT = Stop(StopRung.EXIT_REQUEST)
 
 FRESH = Life(hangup_timeout=30.0)
 STARTING = replace(FRESH, phase=Phase.STARTING, generation=1, starter="start")
@@ -189,10 +198,42 @@ TABLE: dict[tuple[str, str], list[str]] = {
     ("running", "RestartDue"): [],
     ("dying", "RestartDue"): [],
     ("dead", "RestartDue"): [],
+    ("not started", "PressPower"): ["Answer"],
+    ("starting", "PressPower"): ["KillRun"],
+    ("running", "PressPower"): ["AskToStop"],
+    ("dying", "PressPower"): [],
+    ("dead", "PressPower"): ["Answer"],
+    ("restartable", "PressPower"): ["AskToStop"],
+    ("waiting", "PressPower"): ["Clear", "died", "Answer", "Finish"],
+    ("not started", "RequestExit"): ["Answer"],
+    ("starting", "RequestExit"): ["KillRun"],
+    ("running", "RequestExit"): ["AskToStop"],
+    ("dying", "RequestExit"): [],
+    ("dead", "RequestExit"): ["Answer"],
+    ("restartable", "RequestExit"): ["AskToStop"],
+    ("waiting", "RequestExit"): ["Clear", "died", "Answer", "Finish"],
+    ("not started", "StopRefused"): [],
+    ("starting", "StopRefused"): [],
+    ("running", "StopRefused"): [],
+    ("dying", "StopRefused"): [],
+    ("dead", "StopRefused"): [],
+    ("restartable", "StopRefused"): [],
+    ("waiting", "StopRefused"): [],
+    ("not started", "Unpaused"): [],
+    ("starting", "Unpaused"): [],
+    ("running", "Unpaused"): [],
+    ("dying", "Unpaused"): [],
+    ("dead", "Unpaused"): [],
+    ("restartable", "Unpaused"): [],
+    ("waiting", "Unpaused"): [],
 }
 MESSAGES: dict[str, Message] = {
     "Start": Start(),
     "Stop": Stop(),
+    "PressPower": PRESS,
+    "RequestExit": EXIT,
+    "StopRefused": StopRefused(1, StopRung.POWER_BUTTON, VmmError("no button")),
+    "Unpaused": Unpaused(1),
     "Release": Release(),
     "Suspend": Suspend(),
     "Resume": Resume(),
@@ -215,7 +256,7 @@ def test_what_a_message_does_in_a_phase(phase: str, message: str) -> None:
     before = PHASES[phase]
     after, actions = transition(before, MESSAGES[message], "reply")
     assert kinds(actions) == TABLE[phase, message]
-    if not actions and message not in ("Stop", "Release"):
+    if not actions and message not in ("Stop", "Release", "PressPower", "RequestExit"):
         assert replace(after, stale=0) == before
 
 
@@ -441,6 +482,70 @@ def test_a_death_refuses_the_control_requests_that_wait() -> None:
     assert refused == {"a", "b"}
 
 
+# -- Stopping gently -----------------------------------------------------------------------------------
+
+POWER_BUTTON, EXIT_REQUEST, KILL = StopRung
+
+
+@pytest.mark.parametrize(
+    ("asked", "ended", "rung"),
+    [
+        ([], KILLED, None),  # from outside
+        ([], ENDED, None),
+        ([PRESS], ENDED, POWER_BUTTON),
+        ([PRESS, EXIT], ENDED, EXIT_REQUEST),
+        ([EXIT, PRESS], ENDED, EXIT_REQUEST),
+        ([PRESS, EXIT, Stop()], KILLED, KILL),
+        ([PRESS, EXIT, Stop()], ENDED, EXIT_REQUEST),  # before the kill came
+        ([Stop()], ENDED, None),
+        ([Stop()], KILLED, KILL),
+        ([Release()], KILLED, KILL),
+        ([Stop(), PRESS], KILLED, KILL),
+        ([PRESS, StopRefused(1, POWER_BUTTON, VmmError("no"))], ENDED, None),
+        ([PRESS, HangupExpired(1)], KILLED, None),
+    ],
+)
+def test_a_death_tells_the_furthest_way_in_which_the_vm_was_stopped(
+    asked: list[Message], ended: RunEnded, rung: StopRung | None
+) -> None:
+    assert _died(play(*asked, ended, life=RUNNING)[1]).stopped_by is rung
+
+
+def test_only_those_who_asked_for_what_is_refused_are_told() -> None:
+    no = VmmError("no button")
+    life, actions = play(
+        (PRESS, "a"), (EXIT, "b"), (PRESS, "c"), StopRefused(1, POWER_BUTTON, no), life=RUNNING
+    )
+    assert actions[-2:] == [Refuse("a", no), Refuse("c", no)]
+    assert play(ENDED, life=life)[1][-2:] == [Answer("b"), Finish()]
+
+
+def test_a_suspended_guest_is_resumed_before_its_power_button_is_pressed() -> None:
+    life, actions = play((PRESS, "a"), life=replace(RUNNING, suspended=True))
+    assert actions == [AskToStop(1, POWER_BUTTON, unpause=True)]
+    life, actions = play(Unpaused(1), life=life)
+    assert kinds(actions) == ["ArmHangup", "resumed"]
+    assert not life.suspended
+
+
+def test_a_suspension_under_way_is_given_up_for_the_power_button() -> None:
+    life, actions = play((Suspend(), "a"), (Resume(), "b"), (PRESS, "c"), life=RUNNING)
+    assert kinds(actions[1:3]) == ["IllegalStateError", "IllegalStateError"]
+    assert actions[3:] == [DropControl(), AskToStop(1, POWER_BUTTON, unpause=True)]
+    assert play(ControlDone(1, None), Unpaused(1), life=life)[1] == []
+
+
+@pytest.mark.parametrize("asked", [PRESS, EXIT, Stop()])
+def test_a_vm_that_is_being_stopped_cannot_be_suspended(asked: Message) -> None:
+    assert kinds(play((asked, "a"), (Suspend(), "b"), life=RUNNING)[1])[1:] == ["IllegalStateError"]
+
+
+def test_whoever_stops_a_vm_whose_process_survives_its_kill_is_told() -> None:
+    _, actions = play((Stop(), "a"), replace(KILLED, survivors="its VMM (process 7)"), life=RUNNING)
+    (refusal,) = [action for action in actions if isinstance(action, Refuse)]
+    assert isinstance(refusal.error, NotStoppedError)
+
+
 # -- Restarts ------------------------------------------------------------------------------------------
 
 
@@ -485,7 +590,7 @@ def test_giving_up_is_told_before_the_last_death_of_the_same_generation() -> Non
     assert later.phase is Phase.WAITING
 
 
-@pytest.mark.parametrize("asked", [Stop(), Release()])
+@pytest.mark.parametrize("asked", [Stop(), PRESS, EXIT, Release()])
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_vm_that_somebody_stops_is_not_started_again(asked: Message, gone: bool) -> None:
     always = replace(RESTARTABLE, restarts=Restarts(RestartPolicy(when=Restart.PERMANENT)))
@@ -554,6 +659,8 @@ STALE: list[Message] = [
     HangupExpired(1),
     ControlDone(1, None),
     RestartDue(1),
+    StopRefused(1, StopRung.POWER_BUTTON, VmmError("no")),
+    Unpaused(1),
 ]
 
 
@@ -573,7 +680,9 @@ def test_a_report_of_a_guest_proves_that_its_vmm_runs() -> None:
 
 GENERATIONS = st.sampled_from([0, 1, 1, 1, 2, 2, 3])
 ANYTHING: st.SearchStrategy[Any] = st.one_of(
-    st.sampled_from([Start(), Stop(), Release(), Suspend(), Resume()]),
+    st.sampled_from([Start(), Stop(), PRESS, EXIT, Release(), Suspend(), Resume()]),
+    st.builds(StopRefused, GENERATIONS, st.sampled_from(StopRung), st.just(VmmError("no"))),
+    st.builds(Unpaused, GENERATIONS),
     st.builds(VmmSpawned, GENERATIONS, st.just(7)),
     st.builds(VmmRunning, GENERATIONS),
     st.builds(VmmGone, GENERATIONS),

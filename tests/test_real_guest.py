@@ -31,6 +31,8 @@ from vmactor import (
     PayloadFinished,
     RawConfig,
     StartFailedError,
+    StopLadder,
+    StopRung,
     VirtualizationService,
     VirtualMachine,
     VirtualMachineState,
@@ -167,6 +169,28 @@ async def test_a_vm_that_is_killed_says_how(
     assert died.reason is reason
     if how == "helper":
         assert "helper" in died.detail
+
+
+async def test_a_guest_is_shut_down_by_its_power_button_unless_it_is_deaf(
+    service: VirtualizationService, guest_dir: Path
+) -> None:
+    deaf_script = "deaf;started;ready;serve"
+    async with booted(service, guest_dir) as vm, booted(service, guest_dir, deaf_script) as deaf:
+        await vm.suspend()
+        ends = {}
+
+        async def shut_down(vm: VirtualMachine, seconds: float) -> None:
+            ends[vm.cid] = await vm.shutdown(StopLadder(power_button=seconds))
+
+        async with anyio.create_task_group() as both:
+            both.start_soon(shut_down, vm, 60)
+            both.start_soon(shut_down, deaf, 2)
+        assert ends == {vm.cid: StopRung.POWER_BUTTON, deaf.cid: StopRung.EXIT_REQUEST}
+        told = [await vm.wait(), await deaf.wait()]
+    assert [died and (died.stopped_by, died.reason, died.exit_code) for died in told] == [
+        (StopRung.POWER_BUTTON, DeathReason.SHUTDOWN, 0),
+        (StopRung.EXIT_REQUEST, DeathReason.KILLED, 0),
+    ]
 
 
 def _child_named(name: str) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.host_facts import absent, facts
 from tests.simulated_peer import script
-from vmactor import RawConfig, VirtualizationService
+from vmactor import RawConfig, StopLadder, StopRung, VirtualizationService
 from vmactor.actors.handle import VirtualMachine
 from vmactor.bus import Subscription
 from vmactor.errors import (
@@ -289,3 +289,51 @@ async def test_hundreds_live_at_once_and_leave_nothing(short_dir: Path, kernel: 
             DeathReason.KILLED,
         ]
         assert manager.list_vms() == []
+
+
+# -- Stopping --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "rung", "reason", "code"),
+    [
+        (["started", "ready", "serve"], StopRung.POWER_BUTTON, DeathReason.SHUTDOWN, 0),
+        (["deaf", "started", "ready", "serve"], StopRung.EXIT_REQUEST, DeathReason.KILLED, 0),
+        (["started", "ready", "control silent", "hang"], StopRung.KILL, DeathReason.KILLED, None),
+        (["started", "ready", "control refuse 95", "hang"], StopRung.KILL, DeathReason.KILLED, None),
+    ],
+)
+async def test_many_vms_are_shut_down_at_once_each_by_what_works(
+    short_dir: Path,
+    kernel: BinaryIO,
+    steps: list[str],
+    rung: StopRung,
+    reason: DeathReason,
+    code: int | None,
+) -> None:
+    async with service(short_dir) as manager:
+        vms = []
+        with manager.subscribe(kinds=[PayloadReady]) as ready, anyio.fail_after(60):
+            for _ in range(3):
+                vm = await manager.create_vm(RawConfig(name="sim", kernel=kernel, params=script(*steps)))
+                await vm.start()
+                await anext(ready)
+                if steps[2].startswith("control"):
+                    await moody(vm)
+                vms.append(vm)
+        ends = await manager.shutdown_vms(StopLadder(power_button=0.5, exit_request=0.5))
+        assert ends == {vm.cid: rung for vm in vms}
+        for vm in vms:
+            died = await vm.wait()
+            assert died is not None
+            assert (died.reason, died.stopped_by, died.exit_code) == (reason, rung, code)
+
+
+async def moody(vm: VirtualMachine) -> None:
+    """Return when the control socket misbehaves, which is the step after the report."""
+    with anyio.fail_after(30), anyio.CancelScope() as soon:
+        while True:
+            try:
+                await vm.resume(timeout=0.1)
+            except VmactorError:
+                soon.cancel()

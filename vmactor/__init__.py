@@ -15,6 +15,7 @@ Everything that users need is here; modules below are details.
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.service import VirtualizationService
+from vmactor.actors.stop_ladder import StopLadder
 from vmactor.app_config import AppConfig
 from vmactor.bus import Overflow, Subscription
 from vmactor.config import DiskImage, Partition, RawConfig
@@ -28,6 +29,7 @@ from vmactor.errors import (
     ImageError,
     InvalidPayloadTransitionError,
     MailboxFullError,
+    NotStoppedError,
     ResourceExhaustedError,
     SecurityError,
     ServiceSpecificError,
@@ -67,6 +69,7 @@ from vmactor.messages import (
     Resumed,
     Snapshot,
     Started,
+    StopRung,
     Suspended,
     VirtualMachineDebugInfo,
     VirtualMachineState,
@@ -106,6 +109,7 @@ __all__ = [
     "InvalidPayloadTransitionError",
     "MailboxFullError",
     "MemoryTrimLevel",
+    "NotStoppedError",
     "Orphaned",
     "Overflow",
     "Partition",
@@ -134,6 +138,8 @@ __all__ = [
     "StagedApex",
     "StartFailedError",
     "Started",
+    "StopLadder",
+    "StopRung",
     "Subscription",
     "Suspended",
     "UnsafeImageError",

@@ -13,6 +13,7 @@
      |   +- SlowSubscriberError       a subscriber that was to be disconnected when it gets too slow, and did
      +- UnsupportedOperationError     this VMM, host or version cannot do it
      +- DeadlineExceededError         no answer in time; the actor or VMM may be stuck
+     |   +- NotStoppedError           the VM is still there after all that was done to end it
      +- ServiceSpecificError          the host, the VMM or we ourselves: carries a number (always -1 so far)
          +- StartFailedError          the VMM did not come up; carries the cause
          +- VmmError                  the VMM refused a request or answered nonsense
@@ -123,6 +124,10 @@ class DeadlineExceededError(VmactorError):
     """No answer before the deadline; a late answer is discarded."""
 
     kind = "TRANSACTION_FAILED"
+
+
+class NotStoppedError(DeadlineExceededError):
+    """A VM is still there after all that was to be done to end it, and all the time given for it."""
 
 
 class ServiceSpecificError(VmactorError):

@@ -123,6 +123,17 @@ class PayloadState(IntEnum):
     HANGUP = 4
 
 
+class StopRung(IntEnum):
+    """How a VM is made to end, the gentlest way first; see ``StopLadder``."""
+
+    POWER_BUTTON = 0
+    """The guest is told to shut down."""
+    EXIT_REQUEST = 1
+    """The VMM is told to end in order. To the guest, the power fails."""
+    KILL = 2
+    """The VMM is killed."""
+
+
 # -- Commands: what a client has a VM's actor do; all are asked, none has a result ---------------------
 
 
@@ -133,7 +144,13 @@ class Start(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Stop(Request[None]):
-    """Kill the VM. Answered when it is dead and cleared away."""
+    """End the VM. Answered when it is dead and cleared away; refused as soon as the VMM refuses.
+
+    Attributes:
+        rung: How.
+    """
+
+    rung: StopRung = StopRung.KILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +416,8 @@ class Died(Event):
         console_tail: The end of the guest's console, cut to a bound.
         console_dropped: Console bytes that were not kept because a bound was reached.
         elapsed: Seconds from start to death.
+        stopped_by: If somebody was stopping the VM: the last way that was tried before it ended. None if it
+            ended by itself, was killed from outside, or had no VMM when it was stopped.
     """
 
     kind = "died"
@@ -411,6 +430,7 @@ class Died(Event):
     console_tail: str = ""
     console_dropped: int = 0
     elapsed: float = 0.0
+    stopped_by: StopRung | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

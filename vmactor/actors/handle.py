@@ -14,6 +14,7 @@ from anyio.lowlevel import EventLoopToken, current_token
 
 from vmactor.actors.guest_connection import GuestRpcStatistics
 from vmactor.actors.lifecycle import NOT_RUNNING
+from vmactor.actors.stop_ladder import StopLadder
 from vmactor.actors.vm import VmActor
 from vmactor.bus import Bus, Subscription
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalArgumentError, IllegalStateError
@@ -24,6 +25,7 @@ from vmactor.messages import (
     Resume,
     Start,
     Stop,
+    StopRung,
     Suspend,
     TrimMemory,
     VirtualMachineState,
@@ -36,6 +38,7 @@ START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 30.0
 CONTROL_SECONDS: Final = 15.0
 CONNECT_SECONDS: Final = 10.0
+_LADDER: Final = StopLadder()
 
 _UP: Final = frozenset(
     {
@@ -128,6 +131,27 @@ class VirtualMachine:
         except ActorDiedError:
             with anyio.move_on_after(timeout):
                 await self._actor.ended.wait()
+
+    async def shutdown(self, ladder: StopLadder = _LADDER) -> StopRung | None:
+        """End the VM gently: power button, then exit request, then kill, each with its time.
+
+        Returns when nothing of the VM is left. Legal in every state, any number of times, also beside a
+        ``stop`` or another ``shutdown``: each goes its own way, and what ends the VM first ends it for all.
+        A VM that was never started stays as it is; one whose VMM is not up yet, so that there is no guest to
+        ask, is killed at once. A suspended VM is resumed first. Whatever happens, the VM is not started again
+        by itself from now on, and cannot be suspended any more.
+
+        Args:
+            ladder: What to try, and for how long. A rung's clock starts when it is asked for; one that the
+                VMM refuses gives way to the next at once. If the call is cancelled, it goes no further.
+
+        Returns:
+            The way that ended it; None if it ended by itself or there was nothing to end.
+
+        Raises:
+            NotStoppedError: The VM is still there after all of the ladder.
+        """
+        return await self._actor.shut_down(ladder)
 
     async def suspend(self, *, timeout: float = CONTROL_SECONDS) -> None:
         """Pause the virtual CPUs; nothing happens if they are paused.

@@ -14,10 +14,10 @@ from typing import Final
 
 from vmactor.actors.restart_policy import RestartPolicy, Restarts, run_failed
 from vmactor.errors import (
-    DeadlineExceededError,
     IllegalStateError,
     InvalidPayloadTransitionError,
     MailboxFullError,
+    NotStoppedError,
     StartFailedError,
     VmactorError,
 )
@@ -46,6 +46,7 @@ from vmactor.messages import (
     Start,
     Started,
     Stop,
+    StopRung,
     Suspend,
     Suspended,
     TrimMemory,
@@ -60,6 +61,7 @@ MAX_CONTROLS: Final = 16
 
 NOT_RUNNING: Final = "VM is not running"
 """The reference's words."""
+BEING_STOPPED: Final = "VM is being stopped"
 
 
 class Phase(Enum):
@@ -105,6 +107,22 @@ class VmmRunning:
 @dataclass(frozen=True, slots=True)
 class VmmGone:
     """The VMM's process has ended."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopRefused:
+    """The VMM refused to be stopped this way."""
+
+    generation: int
+    rung: StopRung
+    error: VmactorError
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaused:
+    """The virtual CPUs run again, so that the guest can see its power button."""
 
     generation: int
 
@@ -175,6 +193,8 @@ Message = (
     | VmmSpawned
     | VmmRunning
     | VmmGone
+    | StopRefused
+    | Unpaused
     | RunEnded
     | HangupExpired
     | RestartDue
@@ -194,6 +214,26 @@ class SpawnRun:
 @dataclass(frozen=True, slots=True)
 class KillRun:
     """Kill the VMM, or give up spawning it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskToStop:
+    """Have the VMM stop in a gentler way; send ``StopRefused`` if it refuses.
+
+    Attributes:
+        generation: The run.
+        rung: How.
+        unpause: Let the virtual CPUs run first, and send ``Unpaused``.
+    """
+
+    generation: int
+    rung: StopRung
+    unpause: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DropControl:
+    """Give up the control request under way; the VMM may carry it out or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +304,8 @@ class Finish:
 Action = (
     SpawnRun
     | KillRun
+    | AskToStop
+    | DropControl
     | ArmHangup
     | DisarmHangup
     | ArmRestart
@@ -294,9 +336,10 @@ class Life:
         suspended: Whether the virtual CPUs are paused.
         killed: Whether this run is being killed, on request or for a hang-up.
         stopping: Whether somebody asked for the VM's end; then no run follows.
+        rungs: How this run was asked to end so far; what its VMM refused is not among them.
         payload_failed: Whether the payload reported an error, or another exit code than 0.
         starter: Who waits for the start.
-        stoppers: Who waits for the end.
+        stoppers: Who waits for the end, each with the way that it asked for.
         controls: Control requests in order, with who waits; the first is being carried out.
         stale: Messages of earlier runs, ignored.
         survivors: Processes that outlived SIGKILL, for people; the VM's files and CID are theirs.
@@ -312,9 +355,10 @@ class Life:
     suspended: bool = False
     killed: bool = False
     stopping: bool = False
+    rungs: frozenset[StopRung] = frozenset()
     payload_failed: bool = False
     starter: Hashable = None
-    stoppers: tuple[Hashable, ...] = ()
+    stoppers: tuple[tuple[StopRung, Hashable], ...] = ()
     controls: tuple[tuple[Control, Hashable], ...] = ()
     stale: int = 0
     survivors: str = ""
@@ -360,8 +404,8 @@ def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  #
     match message:
         case Start():
             return _start(life, reply)
-        case Stop():
-            return _stop(life, reply)
+        case Stop(rung=rung):
+            return _stop(life, rung, reply)
         case Release():
             return _release(life, reply)
         case Suspend() | Resume() | TrimMemory():
@@ -377,6 +421,10 @@ def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  #
         case VmmGone():
             gone = replace(life, phase=Phase.DYING, pid=None) if life.alive else life
             return gone, [DisarmHangup()] if life.alive else []
+        case StopRefused(rung=rung, error=error):
+            return _stop_refused(life, rung, error)
+        case Unpaused():
+            return _resumed(life)
         case RunEnded():
             return _ended(life, message)
         case HangupExpired():
@@ -404,23 +452,58 @@ def _spawn(life: Life) -> Step:
     return replace(life, phase=Phase.STARTING), actions
 
 
-def _stop(life: Life, reply: Hashable) -> Step:
-    waiting = replace(life, stoppers=(*life.stoppers, reply), stopping=True)
+def _stop(life: Life, rung: StopRung, reply: Hashable) -> Step:
+    waiting = replace(life, stoppers=(*life.stoppers, (rung, reply)), stopping=True)
     if life.phase is Phase.WAITING:
         died = Died(reason=DeathReason.KILLED, detail="stopped while it waited to be started again")
         dead = replace(life, phase=Phase.DEAD, restart_delay=None, stopping=True)
         return dead, [Clear(), Publish(died), Answer(reply), Finish()]
-    if life.alive:
-        return replace(waiting, killed=True), [KillRun()]
     if life.phase is Phase.DYING:
         return waiting, []
-    return life, [Answer(reply)]
+    if not life.alive:
+        return life, [Answer(reply)]
+    return _ask_to_stop(waiting, rung)
+
+
+def _ask_to_stop(life: Life, rung: StopRung) -> Step:
+    if life.phase is Phase.STARTING:
+        rung = StopRung.KILL  # there is no guest to ask yet, nor a VMM that could be told
+    asked = replace(life, rungs=life.rungs | {rung})
+    if rung is StopRung.KILL:
+        return replace(asked, killed=True), [KillRun()]
+    if life.killed:
+        return life, []
+    if rung is StopRung.EXIT_REQUEST:
+        return asked, [AskToStop(life.generation, rung)]
+    # A paused guest would never see its power button; nor may one be paused from now on. Of a request that is
+    # given up, nobody knows whether it has paused the guest.
+    dropped: list[Action] = [Refuse(who, IllegalStateError(BEING_STOPPED)) for _, who in life.controls]
+    unpause = life.suspended or bool(life.controls)
+    if dropped:
+        dropped.append(DropControl())
+    return replace(asked, controls=()), [*dropped, AskToStop(life.generation, rung, unpause)]
+
+
+def _stop_refused(life: Life, rung: StopRung, error: VmactorError) -> Step:
+    """Tell those who asked for it; the run goes on until somebody tries harder."""
+    if not life.alive:
+        return life, []  # it ended all the same, which tells them more
+    refused: list[Action] = [Refuse(reply, error) for asked, reply in life.stoppers if asked is rung]
+    rest = tuple(stopper for stopper in life.stoppers if stopper[0] is not rung)
+    return replace(life, stoppers=rest, rungs=life.rungs - {rung}), refused
+
+
+def _stopped_by(life: Life, run: RunEnded) -> StopRung | None:
+    if life.payload is PayloadState.HANGUP:
+        return None
+    late = {StopRung.KILL} if run.exit_code is not None else set()  # it ended by itself before the kill
+    return max(life.rungs - late, default=None)
 
 
 def _release(life: Life, reply: Hashable) -> Step:
     if life.phase is Phase.NOT_STARTED:
         return replace(life, phase=Phase.DEAD), [Clear(), Publish(Removed()), Answer(reply), Finish()]
-    return _stop(life, reply)
+    return _stop(life, StopRung.KILL, reply)
 
 
 def _running(life: Life) -> Step:
@@ -476,6 +559,8 @@ def _hangup(life: Life) -> Step:
 def _control(life: Life, control: Control, reply: Hashable) -> Step:
     if life.phase is not Phase.RUNNING:
         return life, [Refuse(reply, IllegalStateError(NOT_RUNNING))]
+    if life.rungs and isinstance(control, Suspend):
+        return life, [Refuse(reply, IllegalStateError(BEING_STOPPED))]
     if life.suspended and isinstance(control, TrimMemory):
         return life, [Refuse(reply, IllegalStateError("VM is suspended and cannot give memory; resume it"))]
     if len(life.controls) >= MAX_CONTROLS:
@@ -500,16 +585,23 @@ def _control_done(life: Life, error: VmactorError | None) -> Step:
                 suspended = True
                 # A paused guest cannot report; it gets its whole time again when it is resumed.
                 actions += [DisarmHangup(), Publish(Suspended())] if watched else [Publish(Suspended())]
-            case Resume() if suspended:
-                suspended = False
-                again: list[Action] = [ArmHangup(life.generation)] if watched else []
-                actions += [*again, Publish(Resumed())]
+            case Resume():
+                suspended, told = False, _resumed(life)[1]
+                actions += told
             case _:
                 pass
         actions.append(Answer(reply))
     if rest:
         actions.append(RunControl(life.generation, rest[0][0]))
     return replace(life, controls=rest, suspended=suspended), actions
+
+
+def _resumed(life: Life) -> Step:
+    if not life.suspended:
+        return life, []
+    watched = life.alive and life.payload is PayloadState.STARTING and life.hangup_timeout is not None
+    again: list[Action] = [ArmHangup(life.generation)] if watched else []
+    return replace(life, suspended=False), [*again, Publish(Resumed())]
 
 
 def _ended(life: Life, run: RunEnded) -> Step:
@@ -528,6 +620,7 @@ def _ended(life: Life, run: RunEnded) -> Step:
         detail="\n".join(text for text in (run.detail, left) if text),
         console_tail=run.console_tail,
         console_dropped=run.console_dropped,
+        stopped_by=_stopped_by(life, run),
     )
     gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")
     refused: list[Action] = [Refuse(reply, gone) for _, reply in life.controls]
@@ -544,9 +637,7 @@ def _ended(life: Life, run: RunEnded) -> Step:
     if life.starter is not None:
         actions.append(Refuse(life.starter, _start_error(life, run)))
     actions += refused
-    actions += [
-        Refuse(reply, DeadlineExceededError(left)) if left else Answer(reply) for reply in life.stoppers
-    ]
+    actions += [Refuse(reply, NotStoppedError(left)) if left else Answer(reply) for _, reply in life.stoppers]
     actions.append(Finish())
     dead = replace(over, phase=Phase.DEAD, pid=life.pid if left else None, starter=None, stoppers=())
     return replace(dead, survivors=run.survivors), actions

@@ -26,6 +26,7 @@ from vmactor.actors.inspection import Inspection
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.restart_policy import RestartPolicy
+from vmactor.actors.stop_ladder import StopLadder
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.app_config import AppConfig
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
@@ -33,6 +34,7 @@ from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
+    NotStoppedError,
     ResourceExhaustedError,
     SecurityError,
 )
@@ -47,6 +49,7 @@ from vmactor.messages import (
     PayloadState,
     Requester,
     Snapshot,
+    StopRung,
     VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
@@ -245,6 +248,33 @@ class VirtualizationService:
             )
             hangup = timeout if watched else None
             return await self._start_actor(spec, info, place, owned, hangup_timeout=hangup, restart=restart)
+
+    async def shutdown_vms(
+        self, ladder: StopLadder | None = None
+    ) -> dict[int, StopRung | NotStoppedError | None]:
+        """Shut down the VMs that live, all at once; each has the whole ladder's time for itself.
+
+        Leaving the service kills VMs; call this before, to leave it gently. VMs that are created meanwhile
+        are left alone.
+
+        Args:
+            ladder: As for ``VirtualMachine.shutdown``, which this does for every VM.
+
+        Returns:
+            By CID, what ended it, or the error.
+        """
+        ends: dict[int, StopRung | NotStoppedError | None] = {}
+
+        async def shut_down(cid: int, actor: VmActor) -> None:
+            try:
+                ends[cid] = await actor.shut_down(ladder or StopLadder())
+            except NotStoppedError as error:
+                ends[cid] = error
+
+        async with anyio.create_task_group() as climbers:
+            for cid, actor in sorted(self._actors.items()):
+                climbers.start_soon(shut_down, cid, actor)
+        return ends
 
     async def initialize_writable_partition(
         self, image: Descriptor, size: int, partition_type: PartitionType | int = PartitionType.RAW

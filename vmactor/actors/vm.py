@@ -23,9 +23,11 @@ from vmactor.actors.lifecycle import (
     Answer,
     ArmHangup,
     ArmRestart,
+    AskToStop,
     Clear,
     ControlDone,
     DisarmHangup,
+    DropControl,
     EndRun,
     Finish,
     GuestReported,
@@ -39,12 +41,23 @@ from vmactor.actors.lifecycle import (
     RestartDue,
     RunControl,
     SpawnRun,
+    StopRefused,
+    Unpaused,
     transition,
 )
-from vmactor.actors.monitor import Run, RunSpec
+from vmactor.actors.monitor import END_GRACE, Run, RunSpec
 from vmactor.actors.restart_policy import RestartPolicy, Restarts
+from vmactor.actors.stop_ladder import StopLadder, climb
 from vmactor.bus import Bus
-from vmactor.errors import ActorDiedError, IllegalStateError, MailboxFullError, VmactorError
+from vmactor.errors import (
+    ActorDiedError,
+    DeadlineExceededError,
+    IllegalStateError,
+    MailboxFullError,
+    NotStoppedError,
+    VmactorError,
+    VmmError,
+)
 from vmactor.log import get_logger
 from vmactor.mailbox import Mailbox, Reply
 from vmactor.messages import (
@@ -58,6 +71,7 @@ from vmactor.messages import (
     PayloadStarted,
     Release,
     Resume,
+    StopRung,
     Suspend,
     TrimMemory,
     VmInfo,
@@ -180,6 +194,17 @@ class VmActor:
         with suppress(ActorDiedError, MailboxFullError):  # full only while it clears away: it is about to end
             self.mailbox.control(Release())
 
+    async def shut_down(self, ladder: StopLadder) -> StopRung | None:
+        """Stop the VM by a ladder; see ``VirtualMachine.shutdown``."""
+        try:
+            await climb(ladder, self.mailbox)
+        except ActorDiedError:
+            with anyio.move_on_after(ladder.budget) as patience:
+                await self.ended.wait()
+            if patience.cancelled_caught:
+                raise NotStoppedError(f"{self!r} is still being cleared away; wait longer") from None
+        return self.info.died.stopped_by if self.info.died is not None else None
+
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """The actor's task: from ``created`` to the last trace of the VM."""
         try:
@@ -205,7 +230,11 @@ class VmActor:
         self._life, actions = transition(self._life, message, reply)
         self._due.extend(actions)
         if len(self._life.stoppers) > MANY_STOPPERS:
-            waiting = [who for who in self._life.stoppers if isinstance(who, Reply) and not who.abandoned]
+            waiting = [
+                (rung, who)
+                for rung, who in self._life.stoppers
+                if isinstance(who, Reply) and not who.abandoned
+            ]
             self._life = replace(self._life, stoppers=tuple(waiting))
         self._refresh(before)
 
@@ -220,7 +249,7 @@ class VmActor:
             while self._due:
                 action = self._due.popleft()
                 try:
-                    if not isinstance(action, SpawnRun | ArmHangup | ArmRestart | RunControl):
+                    if not isinstance(action, SpawnRun | ArmHangup | ArmRestart | RunControl | AskToStop):
                         await self._perform(action)
                 except Exception as fault:
                     self._log.error("a fault at a VM's end", action=type(action).__name__, exc_info=fault)
@@ -234,6 +263,11 @@ class VmActor:
             case KillRun():
                 if self.run_under_way is not None:
                     self.run_under_way.kill()
+            case AskToStop(generation, rung, unpause):
+                await self._supervisor.stop(rung.name)  # one request at a time; this one counts for both
+                await self._supervisor.start(rung.name, _StopRequest(self, generation, rung, unpause))
+            case DropControl():
+                await self._supervisor.stop("control")
             case ArmHangup(generation):
                 await self._supervisor.stop("hangup")
                 await self._supervisor.start(
@@ -270,7 +304,7 @@ class VmActor:
         await self._supervisor.start("run", self.run_under_way.run)
 
     async def _end_run(self) -> None:
-        for child in ("control", "guest-rpc", "run"):
+        for child in ("control", *_STOP_REQUESTS, "guest-rpc", "run"):
             await self._supervisor.stop(child)
         self.run_under_way = None
         self._context.transport.close()
@@ -355,6 +389,9 @@ class VmActor:
                 self._context.record(info)
 
 
+_STOP_REQUESTS: Final = (StopRung.POWER_BUTTON.name, StopRung.EXIT_REQUEST.name)
+
+
 class _Timer:
     """Sends one message later."""
 
@@ -389,6 +426,38 @@ class _GuestRpc:
 
     async def _report(self, report: GuestReport) -> None:
         await self._actor.mailbox.ask(GuestReported(self._generation, report), timeout=REPORT_SECONDS)
+
+
+class _StopRequest:
+    """Has the VMM stop in a gentler way than by a kill; its silence counts for nothing."""
+
+    def __init__(self, actor: VmActor, generation: int, rung: StopRung, unpause: bool) -> None:
+        self._actor = actor
+        self._generation = generation
+        self._rung = rung
+        self._unpause = unpause
+
+    async def __call__(self, *, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        actor, run = self._actor, self._actor.run_under_way
+        if run is None:
+            return
+        vmm = run.running_vmm()
+        try:
+            if self._unpause:
+                await vmm.resume()
+                actor._post(Unpaused(self._generation))  # noqa: SLF001 - part of the actor
+            if self._rung is StopRung.POWER_BUTTON:
+                await vmm.request_shutdown()
+            else:
+                await vmm.request_exit()
+        except DeadlineExceededError:
+            pass  # it may do it yet; how long that is waited for is told by the ladder
+        except VmmError as refused:
+            with anyio.move_on_after(END_GRACE):
+                await vmm.wait()
+                return  # it has ended, and refused only because of that
+            actor._post(StopRefused(self._generation, self._rung, refused))  # noqa: SLF001
 
 
 class _ControlRequest:

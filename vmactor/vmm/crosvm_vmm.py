@@ -73,6 +73,7 @@ class CrosvmVmm:
         self._suspend, self._resume = ("Suspend", "Resume") if old_names else ("SuspendVcpus", "ResumeVcpus")
         self._running = False
         self._refusal: str | None = None
+        self._told_to_end = False
         self._starting = anyio.Lock()
 
     def __repr__(self) -> str:
@@ -117,6 +118,8 @@ class CrosvmVmm:
         status = await self._process.wait()
         if self._refusal is not None:
             return VmmExit(status, DeathReason.START_FAILED, self._refusal)
+        if self._told_to_end and status.code == 0:  # the guest had no say in it
+            return VmmExit(status, DeathReason.KILLED, f"crosvm ended with {status}, as it was told to")
         said = [f"crosvm ended with {status}"]
         if status.code in EXIT_REASONS and (meaning := EXIT_REASONS[status.code][1]):
             said.append(meaning)
@@ -155,7 +158,12 @@ class CrosvmVmm:
 
         The guest is not asked; to it, the power fails. Raises VmmError or DeadlineExceededError (5 s).
         """
-        await self._control.command("Exit")
+        self._told_to_end = True
+        try:
+            await self._control.command("Exit")
+        except CrosvmError:
+            self._told_to_end = False
+            raise
 
     async def set_balloon(self, size: int) -> None:
         """Ask for a balloon of ``size`` bytes; the guest follows in its own time, as far as it can.

@@ -167,6 +167,10 @@ class Vmm(Protocol):
         """Press the power button. Raises VmmError or DeadlineExceededError."""
         ...
 
+    async def request_exit(self) -> None:
+        """Have the VMM end in order; to the guest, the power fails. Raises as ``request_shutdown``."""
+        ...
+
     async def balloon_stats(self) -> BalloonStats | None:
         """The guest's memory figures; None if there is no balloon or its driver is not active."""
         ...

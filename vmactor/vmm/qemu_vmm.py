@@ -235,6 +235,10 @@ class QemuVmm:
         """
         await self._request("system_powerdown")
 
+    async def request_exit(self) -> None:
+        """Have QEMU end in order; the guest is not asked. Raises VmmError or DeadlineExceededError (5 s)."""
+        await self._request("quit")
+
     async def set_balloon(self, size: int) -> None:
         """Ask for a balloon of ``size`` bytes; the guest follows in its own time, as far as it can.
 
