@@ -22,16 +22,19 @@ from vmactor.messages import (
     Event,
     Gap,
     HungUp,
+    Orphaned,
     PayloadError,
     PayloadFinished,
     PayloadReady,
     PayloadStarted,
+    Reaped,
     Removed,
     Restarting,
     RestartsExhausted,
     Resumed,
     Snapshot,
     Started,
+    StopRung,
     Suspended,
     VsockMessage,
 )
@@ -56,6 +59,10 @@ EVENTS: list[Event] = [
     Restarting(monotonic=1250.0, delay=1.5, restarts=2),
     RestartsExhausted(monotonic=1260.0, restarts=3, failures=4, period=60.0),
     Removed(monotonic=1300.0),
+    Died(monotonic=1300.0, reason=DeathReason.KILLED, elapsed=9.0, stopped_by=StopRung.EXIT_REQUEST),
+    Reaped(monotonic=1400.0, ended=("its VMM (process 7)",)),
+    Reaped(monotonic=1400.0),
+    Orphaned(monotonic=1400.0, detail="process 7 is unknown"),
 ]
 
 GOLDEN = """\
@@ -78,6 +85,10 @@ GOLDEN = """\
  1150.000  restarting        it will be started again in 1.50 s (restart 2)
  1160.000  gave_up           4 ends within 60 s are too many: it is given up
  1200.000  removed           given back; it was never started
+ 1200.000  died              KILLED after 9.00 s, stopped by EXIT_REQUEST
+ 1300.000  reaped            left by a crashed manager, now cleared away: its VMM (process 7)
+ 1300.000  reaped            left by a crashed manager, now cleared away: nothing of it was running
+ 1300.000  orphaned          left by a crashed manager, and kept: process 7 is unknown
 """
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\u202eevil\n[bold]x[/bold]"

@@ -250,7 +250,7 @@ async def test_every_request_is_made_in_crosvm_s_words(place: Place) -> None:
         stats = await vmm.balloon_stats()
         await vmm.set_balloon(1 << 40)
         await vmm.request_exit()
-        assert (await vmm.wait()).reason is DeathReason.SHUTDOWN
+        assert (await vmm.wait()).reason is DeathReason.KILLED
     adjust = '{"BalloonCommand":{"Adjust":{"num_bytes":%d,"wait_for_success":false}}}'
     assert place.requests() == [
         '"ResumeVcpus"',

@@ -20,10 +20,12 @@ from vmactor.messages import (
     Event,
     Gap,
     HungUp,
+    Orphaned,
     PayloadError,
     PayloadFinished,
     PayloadReady,
     PayloadStarted,
+    Reaped,
     Removed,
     Restarting,
     RestartsExhausted,
@@ -125,13 +127,19 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
             arrow = "guest -> host" if event.direction == "guest_to_host" else "host -> guest"
             return f"{arrow}, port {event.port}: {shown(event.text)}", PLAIN
         case Died():
-            return f"{event.reason.name} after {event.elapsed:.2f} s", GOOD if _in_order(event) else BAD
+            by = "" if event.stopped_by is None else f", stopped by {event.stopped_by.name}"
+            return f"{event.reason.name} after {event.elapsed:.2f} s{by}", GOOD if _in_order(event) else BAD
         case Restarting():
             return f"it will be started again in {event.delay:.2f} s (restart {event.restarts})", ODD
         case RestartsExhausted():
             return f"{event.failures} ends within {event.period:g} s are too many: it is given up", BAD
         case Removed():
             return "given back; it was never started", ODD
+        case Reaped():
+            what = ", ".join(event.ended) or "nothing of it was running"
+            return f"left by a crashed manager, now cleared away: {shown(what)}", ODD
+        case Orphaned():
+            return f"left by a crashed manager, and kept: {shown(event.detail)}", BAD
         case Snapshot():
             return f"{len(event.vms)} VMs live", PLAIN
         case Gap():
