@@ -31,6 +31,7 @@ from vmactor.errors import (
     UnsupportedOperationError,
     VsockError,
 )
+from vmactor.messages import Requester
 from vmactor.vsock import (
     HybridVsockTransport,
     KernelVsockTransport,
@@ -654,3 +655,54 @@ async def test_the_real_kernel_gives_a_port_to_one_listener(real_vsock: socket.s
         KernelVsockTransport(CID).listen(port)
     await listener.aclose()
     await KernelVsockTransport(CID).listen(port).aclose()
+
+
+# -- Helpers of other users ----------------------------------------------------------------------------
+
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root has VMs of others")
+OTHER = Requester(4242, 4343)
+
+
+def others_directory(directory: Path) -> Path:
+    path = directory / "s"
+    path.mkdir(mode=0o700)
+    os.chown(path, OTHER.uid, OTHER.gid)
+    return path
+
+
+@ROOT
+async def test_a_listener_for_another_users_helper_is_that_users_and_leaves_nothing(short_dir: Path) -> None:
+    there = others_directory(short_dir)
+    transport = HybridVsockTransport(CID, there / "vsock", os.getpid, OTHER)
+    async with transport.listen(5000):
+        status = (there / "vsock_5000").stat()
+        assert (status.st_uid, status.st_gid) == (OTHER.uid, OTHER.gid)
+        assert [path.name for path in short_dir.iterdir()] == ["s"]
+    assert list(there.iterdir()) == []
+
+
+@ROOT
+async def test_what_another_user_puts_in_a_listeners_place_is_not_followed(short_dir: Path) -> None:
+    there = others_directory(short_dir)
+    (short_dir / "treasure").touch()
+    (there / "vsock_5000").symlink_to(short_dir / "treasure")
+    transport = HybridVsockTransport(CID, there / "vsock", os.getpid, OTHER)
+    with pytest.raises(VsockError, match="File exists"):
+        transport.listen(5000)
+    assert (short_dir / "treasure").stat().st_uid == 0
+    assert sorted(path.name for path in short_dir.iterdir()) == ["s", "treasure"]
+
+
+@ROOT
+async def test_nothing_is_sent_to_where_another_user_leads_us(short_dir: Path) -> None:
+    there = others_directory(short_dir)
+    with socket.socket(socket.AF_UNIX) as privileged:
+        privileged.bind(str(short_dir / "privileged"))
+        privileged.listen()
+        (there / "vsock").symlink_to(short_dir / "privileged")
+        transport = HybridVsockTransport(CID, there / "vsock", os.getpid, OTHER)
+        with pytest.raises(VsockError, match="leads to a process of user 0"):
+            await transport.connect(5000)
+        reached, _ = privileged.accept()
+        with reached:
+            assert reached.recv(100) == b""

@@ -8,6 +8,7 @@
       vm/<cid>/             one VM's private directory: sockets, and
       vm/<cid>/record.json  what other processes may know of it
       vm/<cid>/ledger       its processes (vmactor.ledger)
+      vm/<cid>/s/           only of a VM of another user: vsock sockets, owned by that user
 
 A directory whose CID nobody holds was left by a manager that crashed. Its CID is not handed out again before
 ``vmactor.leftovers`` is done with it, because a VMM may still live in it.
@@ -30,6 +31,8 @@ from vmactor.cid import FIRST, LAST, CidPool
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, SecurityError
 from vmactor.ledger import Ledger
 from vmactor.log import get_logger
+from vmactor.messages import Requester
+from vmactor.process import is_caller
 
 SUN_PATH: Final = 107
 """Longest path of a unix socket, in bytes (sockaddr_un, without its NUL)."""
@@ -37,7 +40,10 @@ SUN_PATH: Final = 107
 RECORD_SIZE: Final = 64 * 1024
 """Bytes of a VM's record; longer ones are refused when written and left out when read."""
 
-LONGEST_SOCKET: Final = f"vm/{LAST}/vsock_{2**32 - 1}"
+SOCKETS: Final = "s"
+"""The part of a VM's directory that its processes can reach, where they are another user's."""
+
+LONGEST_SOCKET: Final = f"vm/{LAST}/{SOCKETS}/vsock_{2**32 - 1}"
 """The longest name of a socket below the state directory: one for the highest vsock port."""
 
 log = get_logger()
@@ -123,6 +129,22 @@ class StateDirectory:
             text = f"cannot make the VM's directory {path}: {error}{hint}"
             raise ResourceExhaustedError(text) from error
 
+    def make_sockets_directory(self, cid: int, requester: Requester | None) -> Path:
+        """Where a VM's vsock sockets go: its directory, or a part of it that another user's processes own.
+
+        That user cannot get there by path, only by being started in it.
+
+        Raises:
+            OSError: No space, or no right to.
+        """
+        directory = self.vm_directory(cid)
+        if requester is None or is_caller(requester):
+            return directory
+        path = directory / SOCKETS
+        path.mkdir(mode=0o700)
+        os.chown(path, requester.uid, requester.gid)
+        return path
+
     def remove_vm_directory(self, cid: int) -> bool:
         """Remove a VM's directory and all in it; whether it is gone. Never raises.
 
@@ -195,6 +217,12 @@ class StateDirectory:
 
     def _is_free(self, cid: int) -> bool:
         return not os.path.lexists(self.vm_directory(cid))
+
+
+def sockets_of(directory: Path) -> Path:
+    """Where the vsock sockets of the VM with this directory are."""
+    path = directory / SOCKETS
+    return path if path.is_dir() else directory
 
 
 def _names(path: Path) -> list[str]:

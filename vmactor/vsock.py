@@ -33,6 +33,8 @@ from vmactor.errors import (
     VsockError,
 )
 from vmactor.log import get_logger
+from vmactor.messages import Requester
+from vmactor.process import is_caller
 
 FIRST_UNPRIVILEGED_PORT: Final = 1024
 MAX_PORT: Final = 2**32 - 2
@@ -390,6 +392,9 @@ class HybridVsockTransport:
         path: The helper's socket for host-to-guest connections, in a directory of mode 0700.
         helper_pid: Gives the helper's pid while it lives and has not been reaped (its number cannot be
             somebody else's until then), else None: then every connection is refused.
+        owner: Whose the helper and the directory are, if they are another user's. What that user put there is
+            not trusted, and nothing is made there that could be diverted: a socket is made in the directory
+            around it, which is ours alone, and moved; a peer is believed by its credentials only.
 
     Raises:
         IllegalArgumentError: ``path`` is too long for a unix socket with any port's number behind it.
@@ -397,11 +402,14 @@ class HybridVsockTransport:
 
     kind: Final = "hybrid"
 
-    def __init__(self, cid: int, path: Path, helper_pid: Callable[[], int | None]) -> None:
+    def __init__(
+        self, cid: int, path: Path, helper_pid: Callable[[], int | None], owner: Requester | None = None
+    ) -> None:
         check_socket_path(Path(f"{path}{_LONGEST_SUFFIX}"))
         self.cid = cid
         self._path = path
         self._helper_pid = helper_pid
+        self._owner = owner if owner is not None and not is_caller(owner) else None
         self._unanswered: list[socket.socket] = []
 
     def __repr__(self) -> str:
@@ -413,7 +421,10 @@ class HybridVsockTransport:
         path = Path(f"{self._path}_{port}")
         try:
             sock = _unix_socket()
-            _bind(sock, os.fspath(path))
+            if self._owner is None:
+                _bind(sock, os.fspath(path))
+            else:
+                _bind_for(sock, path, self._owner)
         except OSError as error:
             raise VsockError(
                 f"Cannot listen on vsock port {port} of CID {self.cid} at {path}: {error.strerror}; choose "
@@ -435,6 +446,8 @@ class HybridVsockTransport:
 
         async def dial(sock: socket.socket) -> None:
             await _connect_unix(sock, self._path)
+            if self._owner is not None and (who := _peer(sock)[1]) != self._owner.uid:
+                raise VsockError(_failed(self.cid, port, f"its socket leads to a process of user {who}"))
             sock.send(b"CONNECT %d\n" % port, socket.MSG_NOSIGNAL)  # always fits a fresh socket's buffer
             try:
                 answer = await _receive_line(sock)
@@ -469,8 +482,7 @@ class HybridVsockTransport:
             self._unanswered.remove(sock)
 
     def _admit(self, sock: socket.socket, _address: object) -> VsockStream | str:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, uid, _gid = struct.unpack("3i", credentials)
+        pid, uid = _peer(sock)
         helper = self._helper_pid()
         if helper is None or pid != helper:
             return f"the peer is process {pid} of user {uid}, not the helper ({helper or 'not running'})"
@@ -529,6 +541,27 @@ def _bind(sock: socket.socket, address: Any) -> None:
     except BaseException:
         sock.close()
         raise
+
+
+def _bind_for(sock: socket.socket, path: Path, owner: Requester) -> None:
+    """The same for a socket in a directory of another user, who may use it."""
+    made = path.parent.parent / path.name
+    _bind(sock, os.fspath(made))
+    try:
+        os.chown(made, owner.uid, owner.gid, follow_symlinks=False)
+        os.link(made, path, follow_symlinks=False)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        made.unlink()
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user of a unix socket's peer, as the kernel says."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _gid = struct.unpack("3i", credentials)
+    return pid, uid
 
 
 async def _open(

@@ -31,6 +31,7 @@ from vmactor.ledger import Spawner
 from vmactor.log import get_logger
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN, Process
+from vmactor.state_dir import sockets_of
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm.driver import (
     Channels,
@@ -237,7 +238,9 @@ class Run:
     async def _start_helper(self, stack: AsyncExitStack) -> None:
         spec = self._spec
         if spec.helper is not None:
-            self._helper = VhostDeviceVsock.spawn(spec.helper, spec.cid, spec.directory, spec.spawner)
+            self._helper = VhostDeviceVsock.spawn(
+                spec.helper, spec.cid, sockets_of(spec.directory), spec.spawner
+            )
             closing = self._closing("its vsock helper", self._helper.process, self._helper.aclose)
             await stack.enter_async_context(closing)
 

@@ -162,7 +162,12 @@ class Places:
             _claim_in_kernel(vhost_fd, cid)
             kernel = KernelVsockTransport(cid)
             return Place(cid, directory, spawner, kernel, kernel.listen(cid), vhost_fd, None)
-        hybrid = HybridVsockTransport(cid, directory / "vsock", partial(self._vsock_peer, cid))
+        hybrid = HybridVsockTransport(
+            cid,
+            self._state.make_sockets_directory(cid, spawner.requester) / "vsock",
+            partial(self._vsock_peer, cid),
+            spawner.requester,
+        )
         attempt.callback(hybrid.close)
         return Place(cid, directory, spawner, hybrid, hybrid.listen(cid), None, helper)
 

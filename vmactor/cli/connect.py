@@ -16,6 +16,7 @@ from vmactor.cli.output import to_stderr
 from vmactor.cli.records import Record, find
 from vmactor.cli.stdio import STDERR, STDIN, STDOUT, Reader, Writer, is_terminal
 from vmactor.errors import IllegalArgumentError, IllegalStateError, UnsupportedOperationError, VmactorError
+from vmactor.state_dir import sockets_of
 from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockStream, VsockTransport
 
 
@@ -56,7 +57,7 @@ def transport_of(record: Record, directory: Path) -> VsockTransport:
             return KernelVsockTransport(cid)
         case "hybrid" | "direct":
             # We only connect; who may connect to us is nobody's question here.
-            return HybridVsockTransport(cid, directory / "vm" / str(cid) / "vsock", lambda: None)
+            return HybridVsockTransport(cid, sockets_of(directory / "vm" / str(cid)) / "vsock", lambda: None)
     raise UnsupportedOperationError(
         f"the record of CID {cid} does not say how its vsock is reached; use the version that started it"
     )
