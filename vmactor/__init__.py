@@ -28,6 +28,7 @@ from vmactor.errors import (
     IllegalStateError,
     ImageError,
     InvalidPayloadTransitionError,
+    LabelError,
     MailboxFullError,
     NotStoppedError,
     ResourceExhaustedError,
@@ -80,6 +81,9 @@ from vmactor.microdroid.apexes import StagedApex
 from vmactor.microdroid.extra_apks import open_extra_apks
 from vmactor.microdroid.platform import Platform
 from vmactor.restarts import Backoff, Restart, RestartLimit
+from vmactor.security.labels import LabelCheck, LabelRules
+from vmactor.security.permissions import Grant, Permission, Permissions
+from vmactor.security.policy import Policy, load_policy
 from vmactor.vsock import VsockAttribute, VsockListener, VsockStream
 
 __version__ = "0.1.0"
@@ -99,6 +103,7 @@ __all__ = [
     "ErrorCode",
     "Event",
     "Gap",
+    "Grant",
     "HungUp",
     "Idsig",
     "IdsigResult",
@@ -107,6 +112,9 @@ __all__ = [
     "ImageError",
     "ImageKind",
     "InvalidPayloadTransitionError",
+    "LabelCheck",
+    "LabelError",
+    "LabelRules",
     "MailboxFullError",
     "MemoryTrimLevel",
     "NotStoppedError",
@@ -119,7 +127,10 @@ __all__ = [
     "PayloadReady",
     "PayloadStarted",
     "PayloadState",
+    "Permission",
+    "Permissions",
     "Platform",
+    "Policy",
     "RawConfig",
     "Reaped",
     "Removed",
@@ -157,5 +168,6 @@ __all__ = [
     "VsockMessage",
     "VsockStream",
     "load_config",
+    "load_policy",
     "open_extra_apks",
 ]

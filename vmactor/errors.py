@@ -19,6 +19,7 @@
          +- VmmError                  the VMM refused a request or answered nonsense
          +- ImageError                an image could not be made, or is broken
          |   +- ApkError              an APK or idsig is not as it should be; says which check failed
+         +- LabelError                the label of a file does not allow to give it to a VM
          +- VsockError                no such listener in the guest, helper gone, guest not up yet
          +- ResourceExhaustedError    out of CIDs, descriptors, processes, space; names the limit
 
@@ -176,6 +177,10 @@ class ApkError(ImageError):
     def about(self, what: str) -> "ApkError":
         """The same error, as the cause of another."""
         return ApkError(what, self.text, *self.causes, advice=self.advice)
+
+
+class LabelError(ServiceSpecificError):
+    """The SELinux label of a file does not allow to give it to a VM; the kind is the reference's."""
 
 
 class VsockError(ServiceSpecificError):

@@ -58,6 +58,8 @@ from vmactor.microdroid.platform import Platform
 from vmactor.microdroid.translate import to_raw_config
 from vmactor.platform_version import Version
 from vmactor.process import is_caller
+from vmactor.security.permissions import Method
+from vmactor.security.policy import Policy
 from vmactor.state_dir import StateDirectory, default_path
 from vmactor.supervision_tree import SupervisorInfo
 from vmactor.supervisor import ChildExit, Decision, Strategy, Supervisor
@@ -84,6 +86,7 @@ class VirtualizationService:
             ``$XDG_RUNTIME_DIR/vmactor``.
         facts: What the host can do; probed if not given.
         platform: Where Microdroid is, for app configurations (docs/apps.md).
+        policy: What other users may do, and which files VMs may have (docs/security.md).
 
     What crashed managers left in the state directory is ended in the background after entering;
     ``Reaped`` and ``Orphaned`` tell (docs/crash.md).
@@ -98,12 +101,14 @@ class VirtualizationService:
         state_directory: str | os.PathLike[str] | None = None,
         facts: HostFacts | None = None,
         platform: Platform | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.bus = new_bus(self._snapshot)
         self._vmm = vmm
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
         self._platform = platform or Platform()
+        self._policy = policy or Policy()
         self._actors: dict[int, VmActor] = {}
         self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
         self._workers = anyio.CapacityLimiter(WORKERS)
@@ -191,9 +196,12 @@ class VirtualizationService:
             ResourceExhaustedError: No CID, descriptor or space.
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
             IllegalStateError: The service is not open.
-            SecurityError: A requester other than this process's user, and this is not root.
+            SecurityError: The requester lacks a permission; or is another than this process's user, and this
+                is not root.
+            LabelError: The SELinux label of a file does not allow to give it to a VM.
         """
         self._check_open()
+        self._policy.permissions.check(requester, Method.CREATE_VM, config)
         if requester is not None and not is_caller(requester) and os.geteuid() != 0:
             raise SecurityError("only root can run a VM for another user: leave the requester out")
         driver = self._selection.driver
@@ -213,7 +221,7 @@ class VirtualizationService:
             owned.callback(own.close)
             # Checked on our duplicates: nobody can exchange these between the check and the use.
             own.check_descriptors()
-            if isinstance(own, AppConfig) or own.disks:
+            if isinstance(own, AppConfig) or own.disks or own.protected_vm:
                 files = await anyio.to_thread.run_sync(self._prepare, own, owned, limiter=self._workers)
             else:
                 files = own
@@ -277,7 +285,12 @@ class VirtualizationService:
         return ends
 
     async def initialize_writable_partition(
-        self, image: Descriptor, size: int, partition_type: PartitionType | int = PartitionType.RAW
+        self,
+        image: Descriptor,
+        size: int,
+        partition_type: PartitionType | int = PartitionType.RAW,
+        *,
+        requester: Requester | None = None,
     ) -> int:
         """Turn a file into an empty QCOW2 image for a guest to write to; see ``images.partition``.
 
@@ -288,23 +301,28 @@ class VirtualizationService:
             image: A regular file, open for reading and writing. What is in it is lost.
             size: Of the guest's disk in bytes, up to 16 TiB; rounded up to a multiple of 4,096.
             partition_type: What the disk begins with.
+            requester: Who asks for it; None for this process itself.
 
         Returns:
             The size of the guest's disk.
 
         Raises:
+            SecurityError: The requester lacks a permission.
             IllegalArgumentError: The size is negative, or the descriptor is not open.
             ImageError: It cannot be done; the file is as it was, or empty.
             ResourceExhaustedError: No descriptor or no space; the same.
             IllegalStateError: The service is not open.
         """
         self._check_open()
+        self._policy.permissions.check(requester, Method.INITIALIZE_WRITABLE_PARTITION)
         with duplicated("partition image", image) as fd:
             return await anyio.to_thread.run_sync(
                 initialize_writable_partition, fd, size, partition_type, limiter=self._workers
             )
 
-    async def create_or_update_idsig_file(self, apk: Descriptor, idsig: Descriptor) -> IdsigResult:
+    async def create_or_update_idsig_file(
+        self, apk: Descriptor, idsig: Descriptor, *, requester: Requester | None = None
+    ) -> IdsigResult:
         """Make the idsig file of an APK, unless it is up to date; see ``images.idsig``.
 
         Work is done in a thread and, for a large APK, in processes, on duplicates of the descriptors; no more
@@ -314,11 +332,13 @@ class VirtualizationService:
         Args:
             apk: A signed APK, a regular file open for reading.
             idsig: A regular file open for writing, and for reading if it may be up to date already.
+            requester: Who asks for it; None for this process itself.
 
         Returns:
             What the file says now, and whether it was written.
 
         Raises:
+            SecurityError: The requester lacks a permission.
             ApkError: The APK or the file is not as it has to be (texts are the reference's). The file is as
                 it was; only an I/O error while it is written leaves it empty.
             IllegalArgumentError: One of them is not open.
@@ -326,6 +346,7 @@ class VirtualizationService:
             IllegalStateError: The service is not open.
         """
         self._check_open()
+        self._policy.permissions.check(requester, Method.CREATE_OR_UPDATE_IDSIG_FILE)
         with duplicated("APK", apk) as apk_fd, duplicated("idsig", idsig) as idsig_fd:
             return await anyio.to_thread.run_sync(
                 create_or_update_idsig_file,
@@ -397,6 +418,7 @@ class VirtualizationService:
 
     def _prepare(self, config: RawConfig | AppConfig, owned: ExitStack) -> RawConfig:
         """Look at a VM's files, in a thread: what an app's VM is made of, and what each disk is."""
+        app = isinstance(config, AppConfig)
         if isinstance(config, AppConfig):
             raw = to_raw_config(config, self._platform)
             owned.callback(raw.close)
@@ -404,6 +426,7 @@ class VirtualizationService:
             self._check(raw)
             raw.check_descriptors()
             config = raw
+        self._policy.labels.check(config, app=app)
         return lock_formats(config)
 
     def _vsock_peer(self, cid: int) -> int | None:
@@ -493,15 +516,21 @@ class VirtualizationService:
         """
         return self._supervisor.tree()
 
-    def debug_list_vms(self) -> list[VirtualMachineDebugInfo]:
-        """The reference's debug records of the same VMs."""
+    def debug_list_vms(self, *, requester: Requester | None = None) -> list[VirtualMachineDebugInfo]:
+        """The reference's debug records of the same VMs; SecurityError if the requester may not see them."""
+        self._policy.permissions.check(requester, Method.DEBUG_LIST_VMS)
         return [
             VirtualMachineDebugInfo(info.cid, info.directory, info.requester_uid, info.requester_pid)
             for info in self.list_vms()
         ]
 
-    def dump(self) -> str:
-        """The reference's textual dump of the same VMs (its section "dump and debugListVms")."""
+    def dump(self, *, requester: Requester | None = None) -> str:
+        """The reference's textual dump of the same VMs (its section "dump and debugListVms").
+
+        Raises:
+            SecurityError: The requester lacks a permission.
+        """
+        self._policy.permissions.check(requester, Method.DUMP)
         infos = self.list_vms()
         lines = [f"Running {len(infos)} VMs:"]
         for info in infos:

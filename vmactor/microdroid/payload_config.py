@@ -9,6 +9,8 @@ from enum import StrEnum
 from typing import Final
 
 from vmactor.app_config import MAX_EXTRA_APKS, MICRODROID, AppConfig
+from vmactor.config import RawConfig
+from vmactor.errors import VmactorError
 from vmactor.images.apk_entry import read_entry
 from vmactor.strict_json import MAX_BYTES, about, flag, list_of, object_of, or_null, read_json, text, wrong
 from vmactor.text import escape
@@ -120,3 +122,17 @@ def payload_config_of(app: AppConfig) -> PayloadConfig:
     assert app.payload_binary_name is not None  # noqa: S101 - validate
     task = Task(type=TaskType.MICRODROID_LAUNCHER, command=app.payload_binary_name)
     return PayloadConfig(os=app.os_name, task=task)
+
+
+def apexes_for_record(config: RawConfig | AppConfig) -> str:
+    """What a VM's creation record says of APEXes: the names in its payload's configuration, joined by colons.
+
+    Reads the APK, so call it in a thread. Never raises: the record is made whatever became of the creation.
+    The names are foreign text.
+    """
+    if isinstance(config, RawConfig) or config.config_path is None:
+        return ""
+    try:
+        return ":".join(read_payload_config(config.apk, config.config_path).apexes)
+    except (VmactorError, ValueError):
+        return "INFO: Can't get VmPayloadConfig"
