@@ -187,7 +187,7 @@ async def test_how_it_ended_is_its_exit_code(place: Place, code: int) -> None:
             await vmm.wait_running()
     assert ended.status == ExitStatus(code, None)
     assert ended.reason.name == REASONS.get(code, "UNKNOWN")
-    assert ended.detail.startswith(f"crosvm ended with exit code {code}")
+    assert ended.detail.startswith(f"the VMM ended with exit code {code}")
     assert ("; " in ended.detail) is (code not in {0, 99})
 
 
@@ -209,7 +209,7 @@ async def test_it_runs_when_it_has_answered_and_is_asked_only_once(place: Place)
         assert "running" in repr(vmm)
         vmm.kill()
         assert (await vmm.wait()).reason is DeathReason.KILLED
-        assert (await vmm.wait()).detail == "crosvm ended with signal 9 (SIGKILL)"
+        assert (await vmm.wait()).detail == "the VMM ended with signal 9 (SIGKILL)"
     assert place.requests() == ['"ResumeVcpus"']
 
 

@@ -161,7 +161,7 @@ async def _deal_with(state: StateDirectory, leftover: Leftover, tell: Callable[[
         )  # fmt: skip
         tell(Orphaned(cid=cid, detail=trouble, directory=directory, **header))
         return
-    _log.warning("ended what a crashed manager left", cid=cid, vm=header["name"], ended=names)
+    _log.warning("ended what a crashed manager left", cid=cid, vm=header["name"], ended=", ".join(names))
     gone = [judged.why for judged in leftover.processes if judged.standing is Standing.GONE]
     details = [*gone, said.get("stderr", "").strip()]
     reaped = Reaped(

@@ -119,8 +119,8 @@ class CrosvmVmm:
         if self._refusal is not None:
             return VmmExit(status, DeathReason.START_FAILED, self._refusal)
         if self._told_to_end and status.code == 0:  # the guest had no say in it
-            return VmmExit(status, DeathReason.KILLED, f"crosvm ended with {status}, as it was told to")
-        said = [f"crosvm ended with {status}"]
+            return VmmExit(status, DeathReason.KILLED, f"the VMM ended with {status}, as it was told to")
+        said = [f"the VMM ended with {status}"]
         if status.code in EXIT_REASONS and (meaning := EXIT_REASONS[status.code][1]):
             said.append(meaning)
         return VmmExit(status, death_reason(status), "; ".join(said))
