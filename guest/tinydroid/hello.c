@@ -48,7 +48,7 @@ static void read_line_of(const char *root, const char *name, char *line, size_t 
     char path[256];
     snprintf(path, sizeof path, "%s/%s", root, name);
     FILE *file = fopen(path, "r");
-    if (!file || !fgets(line, (int)size, file)) snprintf(line, size, "nothing");
+    if (!file || !fgets(line, (int)size, file)) *line = 0;
     if (file) fclose(file);
     line[strcspn(line, "\n")] = 0;
 }
@@ -79,7 +79,7 @@ int main(void) {
             int code;
             if (sscanf(line, "finish %d", &code) == 1) return code;
             if (!strcmp(line, "abort\n")) abort();
-            dprintf(fd, "%s; boot %u of instance %016llx; extra APK: %s\n", asset, boots, instance_name(), extra);
+            dprintf(fd, "%s; boot %u of instance %016llx%s%s\n", asset, boots, instance_name(), *extra ? "; " : "", extra);
         }
         if (stream) fclose(stream);
     }

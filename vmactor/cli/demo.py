@@ -33,6 +33,7 @@ from vmactor import (
     VsockStream,
     load_config,
 )
+from vmactor.cli import demo_app
 from vmactor.cli.exit_codes import ExitCode, exit_code
 from vmactor.cli.lifetime import Life, run_to_the_end
 from vmactor.cli.output import EventPrinter, show_progress, shown
@@ -52,6 +53,8 @@ REPLY: Final = "hello from the host"
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Tell the story."""
+    if args.app:
+        return run_to_the_end(partial(demo_app.tell, args), tells="stopping the VM")
     return run_to_the_end(partial(_run, args), tells="stopping the VM")
 
 

@@ -25,6 +25,8 @@ def build() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vmactor {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_run_app(commands)
+    _add_run_microdroid(commands)
     _add_connect(commands)
     _add_list(commands)
     _add_info(commands)
@@ -57,10 +59,7 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
     run.add_argument(
         "--memory", metavar="MIB", type=_positive_int, help="memory in MiB (default: the configuration's)"
     )
-    run.add_argument(
-        "--console", metavar="FILE", help="copy the guest's console to a file; '-' is standard output"
-    )
-    run.add_argument("--log", metavar="FILE", help="copy the guest's log (hvc2) to a file; '-' likewise")
+    _add_output(run)
     run.add_argument(
         "--hangup-timeout",
         metavar="S",
@@ -75,6 +74,81 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="start the VM again when it has ended, on failure (also without a value) or always; up to 3 "
         "times within 60 s, after 1, 2 and 4 s (default: never)",
     )
+    _add_state_dir(run)
+    _add_json(run, "print events as JSON, one object a line")
+
+
+def _add_run_app(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    run = _add(commands, "run-app", "run a payload from an APK, in a guest that verifies it")
+    run.add_argument("apk", metavar="APK", type=Path, help="an APK that is signed with scheme v3")
+    run.add_argument("idsig", metavar="IDSIG", type=Path, help="its idsig file; made or updated")
+    run.add_argument("instance", metavar="INSTANCE", type=Path, help="its instance image; made if missing")
+    run.add_argument(
+        "--config-path", metavar="PATH", help="the payload's configuration in the APK; this or the next"
+    )
+    run.add_argument(
+        "--payload-binary-name",
+        "--payload_path",
+        metavar="NAME",
+        help="the payload's binary in the APK, without a directory",
+    )
+    run.add_argument(
+        "--extra-idsig",
+        metavar="PATH",
+        type=Path,
+        action="append",
+        default=[],
+        help="idsig file of an extra APK that the configuration names, made or updated; repeatable, in order",
+    )
+    _add_app_options(run, debug="none")
+
+
+def _add_run_microdroid(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    run = _add(commands, "run-microdroid", "run the platform's guest with a payload that does nothing")
+    run.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        type=Path,
+        help="where idsig and instance image are; made if missing (default: one that is removed at the end)",
+    )
+    _add_app_options(run, debug="full")
+
+
+def _add_app_options(run: argparse.ArgumentParser, *, debug: str) -> None:
+    run.add_argument("--name", default="VmRunApp", help="the VM's name (default: VmRunApp)")
+    run.add_argument(
+        "--platform",
+        metavar="DIR",
+        type=Path,
+        default=Path("/apex"),
+        help="the tree with the guest's parts (default: /apex)",
+    )
+    run.add_argument("--storage", metavar="PATH", type=Path, help="encrypted store; made if missing")
+    run.add_argument(
+        "--storage-size",
+        metavar="SIZE",
+        type=_size,
+        default=10 << 20,
+        help="of a new one (default: 10485760)",
+    )
+    run.add_argument(
+        "--debug", choices=("none", "full"), default=debug, help=f"how much can be seen (default: {debug})"
+    )
+    run.add_argument("-p", "--protected", action="store_true", help="protect the VM from its host")
+    run.add_argument(
+        "-m", "--mem", metavar="MIB", type=_positive_int, help="memory in MiB (default: the guest's own)"
+    )
+    run.add_argument(
+        "--cpu-topology",
+        choices=CPU_TOPOLOGIES,
+        default="one_cpu",
+        help="how many virtual CPUs (default: one_cpu)",
+    )
+    run.add_argument(
+        "--task-profiles", metavar="NAME", action="append", default=[], help="task profile; repeatable"
+    )
+    _add_output(run)
+    _add_vmm(run)
     _add_state_dir(run)
     _add_json(run, "print events as JSON, one object a line")
 
@@ -120,10 +194,16 @@ def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     demo = _add(commands, "demo", "boot the small guest of this project and show the whole life of a VM")
     demo.add_argument(
+        "--app",
+        action="store_true",
+        help="show the two boots of an app instead: a payload from a signed APK, which the guest verifies",
+    )
+    demo.add_argument(
         "--guest",
         metavar="DIR",
         type=Path,
-        help="where 'make guest' put the guest (default: $VMACTOR_GUEST, else build/guest)",
+        help="where 'make guest' put the guest (default: $VMACTOR_GUEST, else build/guest; with --app "
+        "$VMACTOR_TINYDROID, else build/tinydroid)",
     )
     _add_vmm(demo)
     _add_state_dir(demo)
@@ -189,6 +269,13 @@ def _add_verify_apk(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "idsig", metavar="IDSIG", type=Path, nargs="?", help="its idsig file, signed (v4) or not"
     )
     _add_json(verify, "print one JSON object")
+
+
+def _add_output(run: argparse.ArgumentParser) -> None:
+    run.add_argument(
+        "--console", metavar="FILE", help="copy the guest's console to a file; '-' is standard output"
+    )
+    run.add_argument("--log", metavar="FILE", help="copy the guest's log (hvc2) to a file; '-' likewise")
 
 
 def _add_vmm(parser: argparse.ArgumentParser) -> None:

@@ -6,12 +6,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import anyio
 from anyio.abc import TaskGroup
 
-from vmactor import CpuTopology, RawConfig, Restart, RestartPolicy, VirtualizationService, load_config
+from vmactor import (
+    AppConfig,
+    CpuTopology,
+    Platform,
+    RawConfig,
+    Restart,
+    RestartPolicy,
+    VirtualizationService,
+    load_config,
+)
 from vmactor.cli.exit_codes import ExitCode, exit_code
 from vmactor.cli.lifetime import follow, run_to_the_end
 from vmactor.cli.output import EventPrinter, brackets, print_error
@@ -24,28 +33,44 @@ RESTARTS: Final = {"on-failure": Restart.TRANSIENT, "always": Restart.PERMANENT}
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Run the VM and follow it."""
-    if args.json and "-" in (args.console, args.log):
-        print_error("--json and '-' both want standard output: give the console or log a file")
+    if wants_output_twice(args):
         return ExitCode.USAGE
     return run_to_the_end(partial(_run, args), tells="stopping the VM")
 
 
+def wants_output_twice(args: argparse.Namespace) -> bool:
+    """Whether standard output is to be two things; then that has been said."""
+    twice = args.json and "-" in (args.console, args.log)
+    if twice:
+        print_error("--json and '-' both want standard output: give the console or log a file")
+    return twice
+
+
 async def _run(args: argparse.Namespace) -> ExitCode:
+    restart = RestartPolicy(when=RESTARTS[args.restart]) if args.restart else None
+    watched = {"hangup_detection": args.hangup_timeout is not None, "hangup_timeout": args.hangup_timeout}
+    with _configuration(args) as config:
+        return await run_vm(args, config, restart=restart, **watched)
+
+
+async def run_vm(args: argparse.Namespace, config: RawConfig | AppConfig, **how: Any) -> ExitCode:
+    """Create a VM, and show what happens to it until it is dead.
+
+    Args:
+        args: The options that say where it runs and where its output goes.
+        config: What to run.
+        how: For ``create_vm``.
+    """
+    platform = Platform(args.platform) if isinstance(config, AppConfig) else None
     printer = EventPrinter(json=args.json, fd=STDERR if "-" in (args.console, args.log) else STDOUT)
     async with anyio.create_task_group() as tasks:
         with ExitStack() as files:
             sinks = {path: _open_sink(path, files, tasks) for path in (args.console, args.log)}
-            config = files.enter_context(_configuration(args))
-            async with VirtualizationService(vmm=args.vmm, state_directory=args.state_dir) as service:
+            service = VirtualizationService(vmm=args.vmm, state_directory=args.state_dir, platform=platform)
+            async with service:
                 with service.subscribe() as events:
-                    vm = await service.create_vm(
-                        config,
-                        console=sinks[args.console],
-                        log=sinks[args.log],
-                        hangup_detection=args.hangup_timeout is not None,
-                        hangup_timeout=args.hangup_timeout,
-                        restart=RestartPolicy(when=RESTARTS[args.restart]) if args.restart else None,
-                    )
+                    console, log = sinks[args.console], sinks[args.log]
+                    vm = await service.create_vm(config, console=console, log=log, **how)
                     life = await follow(vm, events, printer)
     return exit_code(life)
 
