@@ -80,6 +80,8 @@ def _find(directory: bytes, name: bytes) -> tuple[int, int, int, int, int, int]:
                 raise _unusable(name.decode(), "is there twice")
             found = flags, method, crc, packed, unpacked, offset
         place += name_length + extra + comment
+    if place != len(directory):
+        raise ApkError("invalid Zip archive: Invalid Central Directory header", advice=BROKEN)
     if found is None:
         raise _unusable(name.decode(), "specified file not found in archive")
     return found
