@@ -98,6 +98,8 @@ def app_in(directory: Path, config: object = CONFIG, **changes: Any) -> Iterator
         initialize_writable_partition(instance, 1 << 20, PartitionType.ANDROID_VM_INSTANCE)
         if "payload_binary_name" not in changes:
             changes.setdefault("config_path", "assets/config.json")
-        changes = {key: file(value) if isinstance(value, Path) else value for key, value in changes.items()}
+        changes = {
+            key: file(str(value)) if isinstance(value, Path) else value for key, value in changes.items()
+        }
         values: dict[str, Any] = {"name": "app", "apk": file("app.apk"), "idsig": file("app.idsig", b"idsig")}
         yield AppConfig(**(values | {"instance_image": instance} | changes))
