@@ -15,7 +15,7 @@ from tests.residue import Residue
 REAL = ["asyncio", "asyncio+uvloop", "trio"]
 VIRTUAL = ["asyncio-virtual", "trio-virtual"]
 KERNEL = ["asyncio", "trio"]
-"""What runs in the kernel lab is emulated twice over, so it runs on two loops only."""
+"""What runs in the kernel lab is emulated twice over: on two loops only, or on those that its mark names."""
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the loops: real ones, or those with a virtual clock for tests marked so."""
     if "anyio_backend" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker
-        loops = VIRTUAL if marked("virtual_time") else KERNEL if marked("kernel") else REAL
+        kernel = marked("kernel")
+        loops = (kernel.args or KERNEL) if kernel else VIRTUAL if marked("virtual_time") else REAL
         metafunc.parametrize("anyio_backend", loops, indirect=True)
 
 

@@ -11,21 +11,25 @@ Debian's packages are downloaded from where apt gets its own and unpacked, never
 """
 
 import argparse
+import compileall
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import anyio
 
@@ -43,11 +47,17 @@ from vmactor import (
 
 ROOT: Final = guest.ROOT
 LAB: Final = ROOT / "build" / "lab"
-PACKAGES: Final = ("python3.11-minimal", "libpython3.11-stdlib", "qemu-system-x86", "busybox-static")
+PACKAGES: Final = (
+    "python3.11-minimal",
+    "libpython3.11-stdlib",
+    "qemu-system-x86",
+    "busybox-static",
+    "util-linux",  # setpriv, for VMs of other users
+)
 MODULES: Final = ("kvm_amd", "kvm_intel", "vhost_vsock", "vsock_loopback")
 """Beside those of every guest. Which of the two KVM modules loads is for the processor to say."""
 APPLETS: Final = ("cat", "chmod", "chown", "chroot", "dd", "id", "ip", "kill", "ls", "sh", "sleep", "true")
-TESTING: Final = ("hypothesis", "pytest", "pytest-timeout")
+TESTING: Final = ("pytest", "pytest-timeout")
 """What of the development tools the tests in the lab need."""
 UNUSED: Final = (
     "usr/share/doc",
@@ -86,7 +96,8 @@ RUN: Final = """\
 cd /project
 export HOME=/tmp PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 export PYTHONPATH=/project:/opt/python VMACTOR_KERNEL_LAB=1
-[ ! -e crosvm ] || export VMACTOR_CROSVM=/project/crosvm
+export PYTHONUNBUFFERED=1
+[ ! -e crosvm ] || export VMACTOR_CROSVM=/project/crosvm LD_LIBRARY_PATH=/project/lib
 python=/usr/bin/python3.11
 exec $python vmactor/guest.py run -- $python -c '
 import json, os, tty
@@ -147,11 +158,9 @@ def download_with_dependencies(packages: Sequence[str], cache: Path) -> list[Pat
 
 def unpack_merged(package: Path, root: Path) -> None:
     """Unpack a package where ``/bin`` and the like are symbolic links, which ``dpkg -x`` would replace."""
-    with tempfile.TemporaryFile() as archive:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=archive, check=True)
-        archive.seek(0)
-        command = ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C", str(root)]
-        subprocess.run(command, stdin=archive, check=True)
+    unpack = 'dpkg-deb --fsys-tarfile "$0" | tar -x --keep-directory-symlink --no-same-owner -C "$1"'
+    hint = "is there room, and is this a Debian system? `make clean` forgets damaged downloads"
+    guest.run("bash", "-o", "pipefail", "-c", unpack, package, root, hint=hint)
 
 
 def build_root(root: Path, packages: Sequence[Path]) -> None:
@@ -206,11 +215,14 @@ def build(target: Path, cache: Path) -> None:
         busybox = (work / "root/usr/bin/busybox").read_bytes()
         initrd = (ROOT / "build/guest/initrd.cpio").read_bytes()
         (target / "lab.cpio").write_bytes(build_initrd(initrd, busybox, modules))
+        libraries = sorted(path.name for path in (work / "root/usr/lib/x86_64-linux-gnu").iterdir())
+        (target / "libraries").write_text("\n".join(libraries))
         say("file system image")
         used = int(guest.run("du", "-sm", work / "root", hint="is coreutils installed?").split()[0])
         image, size = target / "root.ext4", f"{used + used // 4 + 64}M"
         options = ("-q", "-t", "ext4", "-O", "^has_journal", "-m", "0")
-        guest.run("mke2fs", *options, "-d", work / "root", image, size, hint="install e2fsprogs")
+        hint = "install e2fsprogs, or make room"
+        guest.run("mke2fs", *options, "-d", work / "root", image, size, hint=hint)
 
 
 def ensure_built() -> None:
@@ -221,10 +233,16 @@ def ensure_built() -> None:
     """
     LAB.parent.mkdir(exist_ok=True)
     with (LAB.parent / ".lab.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another build of it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         stamp, wanted = LAB / "stamp", fingerprint()
         if stamp.exists() and stamp.read_text() == wanted:
             return
+        for killed in LAB.parent.glob(".lab-*"):
+            shutil.rmtree(killed)
         began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=LAB.parent, prefix=".lab-") as name:
             new = Path(name) / "new"
@@ -240,59 +258,113 @@ def ensure_built() -> None:
 
 
 def project_files() -> Iterator[tuple[Path, str]]:
-    """Yield (file, name in the lab) of what the tests need, besides the packages."""
+    """Yield (file, name in the lab) of what the tests need, besides the packages.
+
+    Byte code goes along, where it is of the lab's Python: compiling takes that twenty times as long as us.
+    """
+    compileall.compile_dir(ROOT / "vmactor", quiet=2)
     for name in PROJECT:
         path = ROOT / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
-            if file.is_file() and "__pycache__" not in file.parts:
+            if file.is_file() and (file.parent.name != "__pycache__" or ".cpython-311" in file.name):
                 yield file, str(file.relative_to(ROOT))
     for name in GUEST_FILES:
         yield ROOT / "build/guest" / name, f"build/guest/{name}"
 
 
-def pack_project(target: Path, arguments: Sequence[str], crosvm: Path | None) -> None:
+def crosvm_files(named: Path, libraries: Collection[str]) -> Iterator[tuple[Path, str]]:
+    """Yield (file, name in the lab) of crosvm and of the shared libraries that the lab lacks.
+
+    Args:
+        named: The executable, or a folder in which it is.
+        libraries: Names of those that the lab has.
+
+    Raises:
+        guest.BuildError: It cannot be run here, either.
+    """
+    program = named / "crosvm" if named.is_dir() else named
+    hint = f"{CROSVM} has to name a crosvm for this machine, or a folder with it"
+    if not os.access(program, os.X_OK):
+        raise guest.BuildError(f"{program} cannot be run; {hint}")
+    yield program, "crosvm"
+    # It fails for what is linked with nothing.
+    found = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
+    for line in found.stdout.splitlines():
+        name, arrow, place = line.strip().partition(" => ")
+        if not arrow or name in libraries:
+            continue
+        if place == "not found":
+            raise guest.BuildError(f"{program} needs {name}, which is not installed here")
+        yield Path(place.rpartition(" (")[0]), f"lib/{name}"
+
+
+def pack_project(disk: IO[bytes], arguments: Sequence[str], crosvm: Path | None) -> None:
     """Write the archive that the lab unpacks: the project as it is now, and what to do."""
-    words = target.with_name("lab-arguments.json")
-    words.write_text(json.dumps(list(arguments)))
-    script = target.with_name("lab-run")
-    script.write_text(RUN)
-    script.chmod(0o755)
-    with tarfile.open(target, "w") as archive:
-        for file, name in (*project_files(), (words, words.name), (script, script.name)):
-            archive.add(file, name)
-        if crosvm is not None:
-            archive.add(crosvm, "crosvm")
-    with target.open("ab") as disk:  # a disk of whole sectors
-        disk.truncate(-(-target.stat().st_size // 4096) * 4096)
+    files = list(project_files())
+    if crosvm is not None:
+        files += crosvm_files(crosvm, frozenset((LAB / "libraries").read_text().splitlines()))
+    with tarfile.open(fileobj=disk, mode="w") as archive:
+        for file, name in files:
+            archive.add(os.path.realpath(file), name)
+        for name, text in (("lab-arguments.json", json.dumps(list(arguments))), ("lab-run", RUN)):
+            entry = tarfile.TarInfo(name)
+            entry.mode, entry.size = 0o755, len(text.encode())
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    disk.truncate(-(-disk.tell() // 4096) * 4096)  # whole sectors
+    disk.flush()
 
 
 async def run_lab(arguments: Sequence[str], crosvm: Path | None, timeout: float) -> int:
-    """Boot the lab and run the tests; returns pytest's exit status.
+    """Boot the lab and run the tests; returns pytest's exit status, or 128 + N after signal N.
 
     Raises:
         VmactorError: The lab could not be booted.
         guest.BuildError: It ended without a word from pytest, or not in time.
     """
-    with tempfile.TemporaryDirectory(prefix="vmactor-lab-") as name:
-        project, console = Path(name) / "project.tar", LAB / "console.log"
+    with (
+        load_config(ROOT / "build/guest/vm.json", name="kernel-lab") as loaded,
+        (LAB / "lab.cpio").open("rb") as initrd,
+        (LAB / "root.ext4").open("rb") as root,
+        tempfile.TemporaryFile() as project,  # it has no name, so nothing is left of it whatever happens
+        (LAB / "console.log").open("wb") as console,
+    ):
         pack_project(project, arguments, crosvm)
-        with (
-            load_config(ROOT / "build/guest/vm.json", name="kernel-lab") as loaded,
-            (LAB / "lab.cpio").open("rb") as initrd,
-            (LAB / "root.ext4").open("rb") as root,
-            project.open("rb") as disk,
-            console.open("wb") as console_file,
-        ):
-            script = "exec /busybox sh /lab-init;poweroff"
-            config = replace(
-                loaded,
-                initrd=initrd.fileno(),
-                params=f'{loaded.params} vmactor.script="{script}"',
-                disks=(DiskImage(root.fileno(), writable=False), DiskImage(disk.fileno(), writable=False)),
-                memory_mib=MEMORY_MIB,
-            )
-            return await follow(config, console_file.fileno(), timeout)
+        script = "exec /busybox sh /lab-init;poweroff"
+        config = replace(
+            loaded,
+            initrd=initrd.fileno(),
+            params=f'{loaded.params} vmactor.script="{script}"',
+            disks=(DiskImage(root.fileno(), writable=False), DiskImage(project.fileno(), writable=False)),
+            memory_mib=MEMORY_MIB,
+        )
+        return await ended_by_signals(partial(follow, config, console.fileno(), timeout))
+
+
+async def ended_by_signals(work: Callable[[], Awaitable[int]]) -> int:
+    """Do it, and clear up when a signal asks for the end."""
+    status: int | None = None
+    failure: guest.BuildError | VmactorError | None = None
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                nonlocal status
+                async for number in signals:
+                    say(f"ended by {number.name}")
+                    status = 128 + number
+                    group.cancel_scope.cancel()
+
+            group.start_soon(watch)
+            try:
+                status = await work()
+            except (guest.BuildError, VmactorError) as error:
+                failure = error
+            group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    assert status is not None
+    return status
 
 
 async def follow(config: RawConfig, console: int, timeout: float) -> int:
@@ -334,6 +406,7 @@ def main() -> int:
     parser.add_argument("--build-only", action="store_true", help="build the lab, run nothing")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for all tests (1200)")
     options, arguments = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a build clears up
     crosvm = Path(os.environ[CROSVM]).absolute() if os.environ.get(CROSVM) else None
     try:
         ensure_built()
@@ -348,9 +421,11 @@ def main() -> int:
         colour = "yes" if sys.stdout.isatty() else "no"
         words = ["-m", "kernel", "-p", "no:cacheprovider", f"--color={colour}", *selected]
         status = anyio.run(run_lab, words, crosvm, options.timeout)
-    except (guest.BuildError, VmactorError, OSError, subprocess.CalledProcessError) as error:
+    except (guest.BuildError, VmactorError, OSError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     say(f"pytest ended with status {status} after {time.monotonic() - began:.0f} s, boot included")
     return status
 

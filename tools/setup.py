@@ -43,6 +43,7 @@ PROGRAMS: Final = {
     "protoc": "protobuf-compiler",
     "sfdisk": "fdisk",
     "sgdisk": "gdisk",
+    "mke2fs": "e2fsprogs",
 }
 FILES: Final = {
     "libc6-dev": ("/usr/lib/x86_64-linux-gnu/libc.a", "/usr/lib64/libc.a", "/usr/lib/libc.a"),

@@ -13,7 +13,7 @@ from anyio import EndOfStream
 from structlog.testing import capture_logs
 
 from tests.guests import agent, booted, create, history
-from tests.test_real_guest import ENDINGS, ended
+from tests.kernel.guests import ENDINGS, ended
 from vmactor import DeathReason, Event, PayloadState, VirtualizationService, VirtualMachineState
 from vmactor.actors.place import SET_GUEST_CID
 from vmactor.cid import FIRST
@@ -52,12 +52,8 @@ async def test_a_guest_under_kvm_reports_from_its_own_cid_and_uses_the_processor
         assert int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[40]) > 0
 
 
-UNDER_KVM = [
-    ending for ending in ENDINGS if any(word in ending[0] for word in ("failure", "panic", "reboot"))
-]
-
-
-@pytest.mark.parametrize(("script", "told", "reason"), UNDER_KVM, ids=[script for script, _, _ in UNDER_KVM])
+@pytest.mark.kernel("asyncio")
+@pytest.mark.parametrize(("script", "told", "reason"), ENDINGS, ids=[script for script, _, _ in ENDINGS])
 async def test_how_a_guest_under_kvm_ends_is_told(
     service: VirtualizationService, guest_dir: Path, script: str, told: list[str], reason: DeathReason
 ) -> None:
