@@ -15,8 +15,8 @@ import compileall
 import fcntl
 import hashlib
 import io
-import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,7 +56,7 @@ PACKAGES: Final = (
 )
 MODULES: Final = ("kvm_amd", "kvm_intel", "vhost_vsock", "vsock_loopback")
 """Beside those of every guest. Which of the two KVM modules loads is for the processor to say."""
-APPLETS: Final = ("cat", "chmod", "chown", "chroot", "dd", "id", "ip", "kill", "ls", "sh", "sleep", "true")
+APPLETS: Final = ("cat", "sh", "stty")
 TESTING: Final = ("pytest", "pytest-timeout")
 """What of the development tools the tests in the lab need."""
 UNUSED: Final = (
@@ -89,24 +89,23 @@ for place in dev/shm project run tmp; do $b mount -t tmpfs -o mode=1777 tmpfs /r
 $b chmod 755 /root/project /root/run
 $b tar -C /root/project -xf /dev/vdb || exit 1
 $b ip link set lo up
+. /root/project/lab-terminal
 exec $b chroot /root /project/lab-run
 """
 RUN: Final = """\
 #!/bin/sh
+# Runs pytest with the words in lab-arguments; what it writes goes out by the log's port.
 cd /project
-export HOME=/tmp PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
-export PYTHONPATH=/project:/opt/python VMACTOR_KERNEL_LAB=1
-export PYTHONUNBUFFERED=1
+export HOME=/tmp PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8
+export PYTHONPATH=/project:/opt/python PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 VMACTOR_KERNEL_LAB=1
 [ ! -e crosvm ] || export VMACTOR_CROSVM=/project/crosvm LD_LIBRARY_PATH=/project/lib
-python=/usr/bin/python3.11
-exec $python vmactor/guest.py run -- $python -c '
-import json, os, tty
-terminal = os.open("/dev/hvc2", os.O_WRONLY)
-tty.setraw(terminal)
-os.dup2(terminal, 1)
-os.dup2(terminal, 2)
-os.execv("/usr/bin/python3.11", ["python3.11", "-m", "pytest", *json.load(open("lab-arguments.json"))])
-'
+stty raw -echo < /dev/hvc2
+if [ "$COLUMNS" ]; then  # there is a terminal
+    pytest='python3.11 -m pytest @lab-arguments > /dev/hvc2 2>&1'
+else
+    pytest='set -o pipefail; python3.11 -m pytest @lab-arguments 2>&1 | cat > /dev/hvc2'
+fi
+exec python3.11 vmactor/guest.py run -- sh -c "$pytest"
 """
 
 
@@ -307,7 +306,15 @@ def pack_project(disk: IO[bytes], arguments: Sequence[str], crosvm: Path | None)
     with tarfile.open(fileobj=disk, mode="w") as archive:
         for file, name in files:
             archive.add(os.path.realpath(file), name)
-        for name, text in (("lab-arguments.json", json.dumps(list(arguments))), ("lab-run", RUN)):
+        size = shutil.get_terminal_size()
+        term = shlex.quote(os.environ.get("TERM", ""))
+        shown = f"export COLUMNS={size.columns} LINES={size.lines} TERM={term}\n"
+        own = {
+            "lab-arguments": "".join(f"{word}\n" for word in arguments),
+            "lab-terminal": shown if sys.stdout.isatty() else "",
+            "lab-run": RUN,
+        }
+        for name, text in own.items():
             entry = tarfile.TarInfo(name)
             entry.mode, entry.size = 0o755, len(text.encode())
             archive.addfile(entry, io.BytesIO(text.encode()))
