@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_promise_names_a_test_that_exists() -> None:
     functions = {
         node.name
-        for path in (ROOT / "tests").glob("*.py")
+        for path in (ROOT / "tests").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
