@@ -119,7 +119,7 @@ async def test_another_user_who_may_not_use_kvm_is_told(short_dir: Path, guest_d
         VirtualizationService(state_directory=short_dir, vmm=vmm) as service,
         await create(service, guest_dir, "serve", requester=Requester(4242, 4343)) as vm,
     ):
-        with pytest.raises(StartFailedError, match=r"(?i)kvm.*permission denied"):
+        with pytest.raises(StartFailedError, match=r"(?is)kvm.*permission denied"):
             await vm.start()
 
 
