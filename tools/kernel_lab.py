@@ -152,6 +152,7 @@ def download_with_dependencies(packages: Sequence[str], cache: Path) -> list[Pat
         guest.run(*install, "--download-only", hint=guest.APT_HINT)
     names = guest.run(*install, "--print-uris", hint=guest.APT_HINT).splitlines()
     assert not names, "apt would still download something"
+    guest.run("apt-get", "-qq", *options, "autoclean", hint=guest.APT_HINT)  # versions of earlier builds
     return sorted((cache / "archives").glob("*.deb"))
 
 
