@@ -36,6 +36,7 @@ from vmactor.messages import (
     Started,
     StopRung,
     Suspended,
+    Tombstone,
     VsockMessage,
 )
 
@@ -52,6 +53,7 @@ EVENTS: list[Event] = [
     PayloadFinished(monotonic=105.0, exit_code=3),
     PayloadError(monotonic=105.5, error_code=ErrorCode.PAYLOAD_CHANGED, message="not as it was"),
     HungUp(monotonic=130.0, timeout=30.0),
+    Tombstone(monotonic=130.5, path="/kept/tombstone-1", size=70000, truncated=True),
     Gap(monotonic=131.0, missed=7),
     Snapshot(monotonic=132.0),
     Died(monotonic=1234.5, reason=DeathReason.SHUTDOWN, elapsed=1134.5),
@@ -78,6 +80,7 @@ GOLDEN = """\
     5.000  payload_finished  exit code 3
     5.500  error             the guest says PAYLOAD_CHANGED: not as it was
    30.000  hung_up           no payload started within 30 s; the VM is being killed
+   30.500  tombstone         a crash report of 70000 bytes, cut off: /kept/tombstone-1
    31.000  gap               7 events were missed here: their reader was too slow
    32.000  snapshot          0 VMs live
  1134.500  died              SHUTDOWN after 1134.50 s

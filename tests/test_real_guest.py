@@ -33,6 +33,9 @@ from vmactor import (
     StartFailedError,
     StopLadder,
     StopRung,
+    Tombstone,
+    TombstoneLimits,
+    TombstoneStore,
     VirtualizationService,
     VirtualMachine,
     VirtualMachineState,
@@ -40,8 +43,11 @@ from vmactor import (
     VsockListener,
     load_config,
 )
+from vmactor.actors.tombstone_receiver import PORT as TOMBSTONE_PORT
 
 pytestmark = [pytest.mark.anyio, pytest.mark.guest]
+
+CRASH = "signal 11 (SIGSEGV), code 1"
 
 GOOD = ["created", "started", "payload_started", "payload_ready", "payload_finished", "died"]
 
@@ -49,7 +55,8 @@ GOOD = ["created", "started", "payload_started", "payload_ready", "payload_finis
 @pytest.fixture
 async def service(short_dir: Path) -> AsyncIterator[VirtualizationService]:
     """A service with a state of its own, in which nothing may be left."""
-    async with VirtualizationService(state_directory=short_dir / "state") as service:
+    kept = TombstoneStore(short_dir / "tombstones", TombstoneLimits(size=len(CRASH)))
+    async with VirtualizationService(state_directory=short_dir / "state", tombstones=kept) as service:
         yield service
     assert list((short_dir / "state" / "vm").iterdir()) == []
 
@@ -351,9 +358,15 @@ async def test_the_stdlib_guest_file_reports_from_a_real_guest(
                 answer = await agent(vm, f"exec {program}")
                 assert answer == "ok 0", answer
             assert vm.guest_calls.protocols == {spoken: 3}
+            await agent(
+                vm, f"dial {TOMBSTONE_PORT} {CRASH} and more"
+            )  # closed without an answer at its limit
             await parting(vm, "poweroff")
-            kinds = [event.kind async for event in events]
-    assert kinds == ["started", "payload_started", "payload_ready", "payload_finished", "died"]
+            seen = [event async for event in events]
+    kinds = [event.kind for event in seen]
+    assert kinds == ["started", "payload_started", "payload_ready", "payload_finished", "tombstone", "died"]
+    (tombstone,) = (event for event in seen if isinstance(event, Tombstone))
+    assert Path(tombstone.path).read_text() == CRASH
 
 
 async def test_leaving_the_service_kills_every_vm(guest_dir: Path, short_dir: Path) -> None:

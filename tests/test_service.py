@@ -4,8 +4,9 @@ import itertools
 import os
 import resource
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from tests.guest_rpc_peer import UnixStream
 from tests.host_facts import FULL, absent, facts
 from tests.residue import descriptors
 from tests.scripted_vmm import ScriptedDriver, ScriptedHelper
+from tests.test_guest_binder import TOKEN, BinderGuest
 from vmactor.actors import monitor
+from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.service import VirtualizationService
+from vmactor.binder.parcel import Parcel
+from vmactor.binder.wire import ROOT, Reply, Status, Transaction
 from vmactor.config import DiskImage, RawConfig
 from vmactor.errors import (
     DeadlineExceededError,
@@ -32,7 +38,13 @@ from vmactor.errors import (
     VmactorError,
     VsockError,
 )
-from vmactor.messages import DeathReason, Died, VirtualMachineDebugInfo, VirtualMachineState
+from vmactor.messages import (
+    DeathReason,
+    Died,
+    PayloadState,
+    VirtualMachineDebugInfo,
+    VirtualMachineState,
+)
 from vmactor.process import ExitStatus
 from vmactor.state_dir import StateDirectory
 from vmactor.vmm.driver import VmmExit
@@ -129,6 +141,34 @@ async def test_living_vms_are_listed_by_cid_in_three_forms(short_dir: Path, conf
         )
         await first.aclose()
         assert service.list_vms() == [second.info]
+
+
+async def test_a_vms_guest_is_answered_by_the_method_table_of_its_release(
+    short_dir: Path, config: RawConfig
+) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        vm = await service.create_vm(config, guest_binder=GuestBinder(release="explicit-codes", version=1))
+        await started(vm, driver)
+        with closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.connect(f"{vm.info.directory}/vsock_{vm.cid}")
+            guest = BinderGuest(UnixStream(sock), version=1)
+            await guest.begin()
+            reply = await guest.ask(Transaction(ROOT, 2, parcel=TOKEN))
+        assert reply == Reply(Status.OK, Parcel().int32(0).to_bytes())
+        assert vm.info.payload is PayloadState.STARTED, "which is what 2 means there"
+        await vm.stop()
+    for wrong in {"release": "android12"}, {"version": 2}, {"max_threads": 0}, {"max_threads": 5}:
+        with pytest.raises(IllegalArgumentError):
+            GuestBinder(**wrong)
+
+
+async def test_without_a_directory_nobody_listens_for_tombstones(short_dir: Path, config: RawConfig) -> None:
+    driver = ScriptedDriver()
+    async with service_in(short_dir, driver) as service:
+        vm = await started(await service.create_vm(config), driver)
+        assert not Path(vm.info.directory, "vsock_2000").exists()
+        await vm.stop()
 
 
 async def test_the_descriptors_of_the_caller_stay_the_callers(short_dir: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@
 Everything that users need is here; modules below are details.
 """
 
+from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.service import VirtualizationService
@@ -72,6 +73,7 @@ from vmactor.messages import (
     Started,
     StopRung,
     Suspended,
+    Tombstone,
     VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
@@ -84,6 +86,7 @@ from vmactor.restarts import Backoff, Restart, RestartLimit
 from vmactor.security.labels import LabelCheck, LabelRules
 from vmactor.security.permissions import Grant, Permission, Permissions
 from vmactor.security.policy import Policy, load_policy
+from vmactor.tombstones import TombstoneLimits, TombstoneStore
 from vmactor.vsock import VsockAttribute, VsockListener, VsockStream
 
 __version__ = "0.1.0"
@@ -104,6 +107,7 @@ __all__ = [
     "Event",
     "Gap",
     "Grant",
+    "GuestBinder",
     "HungUp",
     "Idsig",
     "IdsigResult",
@@ -153,6 +157,9 @@ __all__ = [
     "StopRung",
     "Subscription",
     "Suspended",
+    "Tombstone",
+    "TombstoneLimits",
+    "TombstoneStore",
     "UnsafeImageError",
     "UnsupportedOperationError",
     "VirtualMachine",

@@ -403,6 +403,22 @@ class VsockMessage(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tombstone(Event):
+    """The guest sent a report of a crash inside it, which is kept as a file.
+
+    Attributes:
+        path: The file; it was written by the guest, so be careful with what is in it.
+        size: Its bytes.
+        truncated: Whether it is not all, because the guest ended or took too long, or it was too much.
+    """
+
+    kind = "tombstone"
+    path: str = ""
+    size: int = 0
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Died(Event):
     """A run of the VM has ended: exactly once per generation, and its last event.
 

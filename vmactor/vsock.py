@@ -344,16 +344,7 @@ class KernelVsockTransport:
 
     def listen(self, port: int) -> VsockListener:
         """See ``VsockTransport``. Listens for every CID, as the kernel has no other way, and admits one."""
-        _check_port(port)
-        try:
-            sock = _vsock_socket()
-            _bind(sock, (socket.VMADDR_CID_ANY, port))
-        except OSError as error:
-            raise VsockError(
-                f"Cannot listen on vsock port {port}: {error.strerror}; choose another port, or load the "
-                "kernel's vsock modules (modprobe vhost_vsock)"
-            ) from error
-        return VsockListener(sock, port, self._admit)
+        return listen_on_kernel(port, self.cid.__eq__)
 
     async def connect(self, port: int, *, timeout: float = 10.0) -> VsockStream:
         """See ``VsockTransport``."""
@@ -374,11 +365,35 @@ class KernelVsockTransport:
     def close(self) -> None:
         """See ``VsockTransport``; the kernel keeps nothing."""
 
-    def _admit(self, sock: socket.socket, address: tuple[int, int]) -> VsockStream | str:
-        cid, port = address
-        if cid != self.cid:
-            return f"the peer's CID is {cid}, not {self.cid}"
-        return VsockStream(sock, cid=cid, port=port, half_close=True)
+
+def listen_on_kernel(port: int, admits: Callable[[int], bool]) -> VsockListener:
+    """Listen on a port of the host's kernel, which is one for all guests.
+
+    Args:
+        port: The port.
+        admits: Whose connections are accepted, by CID.
+
+    Raises:
+        IllegalArgumentError: Not a port number.
+        VsockError: The port is taken, or the host cannot do it.
+    """
+    _check_port(port)
+    try:
+        sock = _vsock_socket()
+        _bind(sock, (socket.VMADDR_CID_ANY, port))
+    except OSError as error:
+        raise VsockError(
+            f"Cannot listen on vsock port {port}: {error.strerror}; choose another port, or load the "
+            "kernel's vsock modules (modprobe vhost_vsock)"
+        ) from error
+
+    def admit(sock: socket.socket, address: tuple[int, int]) -> VsockStream | str:
+        cid, peer_port = address
+        if not admits(cid):
+            return f"the peer's CID is {cid}, which is not expected here"
+        return VsockStream(sock, cid=cid, port=peer_port, half_close=True)
+
+    return VsockListener(sock, port, admit)
 
 
 class HybridVsockTransport:

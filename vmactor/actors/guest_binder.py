@@ -6,7 +6,7 @@ releases have more methods, and newer ones yet have other codes for the same: so
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from vmactor.actors.guest_connection import CloseReason, Ended, GuestConnection, Reporter
 from vmactor.binder.server import (
@@ -21,7 +21,7 @@ from vmactor.binder.server import (
     Sessions,
 )
 from vmactor.binder.wire import ConnectionInit, HandshakeDecoder, Message, MessageDecoder, ProtocolError
-from vmactor.errors import CODES, VmactorError
+from vmactor.errors import CODES, IllegalArgumentError, VmactorError
 from vmactor.messages import MAX_GUEST_TEXT
 
 DESCRIPTOR: Final = "android.system.virtualmachineservice.IVirtualMachineService"
@@ -62,6 +62,9 @@ INTERFACES: Final = MappingProxyType(
 )
 """The method tables, by the first release that has each."""
 
+MAX_THREADS: Final = 4
+"""A guest may have no more connections at once (``GuestRpcLimits``)."""
+
 _MAX_MESSAGE: Final = 1000
 """Characters of an exception's message: a reply must stay far below what a client can read."""
 
@@ -71,14 +74,29 @@ class GuestBinder:
     """What a guest that speaks RPC Binder is told.
 
     Attributes:
-        release: Which method table it was built with.
-        version: The highest protocol version to agree to. Every guest since Android 13 takes 0.
-        max_threads: Connections on which it may call.
+        release: Which method table it was built with: ``android13`` until Android 16, ``explicit-codes`` for
+            later ones, in which every code is one more.
+        version: The highest protocol version to agree to: 0, which every guest since Android 13 takes, or 1.
+        max_threads: Connections on which it may call at the same time, 1 to 4; a Microdroid needs one.
+
+    Raises:
+        IllegalArgumentError: One of them is something else.
     """
 
     release: Release = "android13"
     version: Literal[0, 1] = 0
     max_threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.release not in INTERFACES:
+            names = ", ".join(get_args(Release))
+            raise IllegalArgumentError(f"no guests of release {self.release!r} are known; there are: {names}")
+        if self.version not in (0, 1):
+            raise IllegalArgumentError(f"RPC Binder's version is 0 or 1 here, not {self.version!r}")
+        if self.max_threads not in range(1, MAX_THREADS + 1):
+            raise IllegalArgumentError(
+                f"a guest calls on 1 to {MAX_THREADS} connections, not {self.max_threads!r}"
+            )
 
 
 class GuestSessions:

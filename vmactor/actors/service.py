@@ -21,12 +21,15 @@ from anyio.abc import TaskStatus
 
 from vmactor import leftovers
 from vmactor.actors.event_bus import new_bus
+from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.inspection import Inspection
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.stop_ladder import StopLadder
+from vmactor.actors.tombstone_receiver import PORT as TOMBSTONE_PORT
+from vmactor.actors.tombstone_receiver import ClosableListener, SharedPort, TombstoneReceiver
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.app_config import AppConfig
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
@@ -63,7 +66,9 @@ from vmactor.security.policy import Policy
 from vmactor.state_dir import StateDirectory, default_path
 from vmactor.supervision_tree import SupervisorInfo
 from vmactor.supervisor import ChildExit, Decision, Strategy, Supervisor
+from vmactor.tombstones import TombstoneStore
 from vmactor.vmm.select import Selection, select
+from vmactor.vsock import listen_on_kernel
 
 WORKERS: Final = 4
 """How many files are prepared or looked at at the same time, each in a thread."""
@@ -87,6 +92,8 @@ class VirtualizationService:
         facts: What the host can do; probed if not given.
         platform: Where Microdroid is, for app configurations (docs/apps.md).
         policy: What other users may do, and which files VMs may have (docs/security.md).
+        tombstones: Where guests' tombstones are kept, which a Microdroid sends when something in it crashes:
+            a directory, made if missing, which outlives the service. Without one they are not received.
 
     What crashed managers left in the state directory is ended in the background after entering;
     ``Reaped`` and ``Orphaned`` tell (docs/crash.md).
@@ -100,6 +107,7 @@ class VirtualizationService:
         vmm: str | Selection = "auto",
         state_directory: str | os.PathLike[str] | None = None,
         facts: HostFacts | None = None,
+        tombstones: str | os.PathLike[str] | TombstoneStore | None = None,
         platform: Platform | None = None,
         policy: Policy | None = None,
     ) -> None:
@@ -117,6 +125,8 @@ class VirtualizationService:
         self._state: StateDirectory
         self._selection: Selection
         self._places: Places
+        self._tombstones = tombstones
+        self._tombstone_port: SharedPort | None = None
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -125,9 +135,14 @@ class VirtualizationService:
         if self._facts is None:
             self._facts = await anyio.to_thread.run_sync(probe)
         self._selection = select(self._vmm, self._facts) if isinstance(self._vmm, str) else self._vmm
+        if self._tombstones is not None and not isinstance(self._tombstones, TombstoneStore):
+            self._tombstones = TombstoneStore(self._tombstones)
         self._state = StateDirectory(self._state_path or default_path())
         self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
         await self._supervisor.__aenter__()
+        if self._tombstones is not None and self._selection.vsock == "kernel":
+            self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
+            await self._supervisor.start("tombstone-port", self._tombstone_port.run)
         await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
         self._open = True
         if left := leftovers.find(self._state):
@@ -168,6 +183,7 @@ class VirtualizationService:
         hangup_timeout: float | None = None,
         restart: RestartPolicy | None = None,
         requester: Requester | None = None,
+        guest_binder: GuestBinder | None = None,
     ) -> VirtualMachine:
         """Create a VM; it does not run yet.
 
@@ -183,6 +199,8 @@ class VirtualizationService:
             requester: The user whose rights the VM's processes have; default this process's user. Another
                 one takes root, and that user must be allowed what the VMM needs (``/dev/kvm``, reading the
                 kernel's file).
+            guest_binder: For guests that report by RPC Binder and are newer than Android 16: which methods
+                they know; the default suits all before (docs/guest-rpc.md).
 
         Returns:
             The handle that keeps the VM alive.
@@ -255,7 +273,9 @@ class VirtualizationService:
                 created=datetime.now(UTC),
             )
             hangup = timeout if watched else None
-            return await self._start_actor(spec, info, place, owned, hangup_timeout=hangup, restart=restart)
+            return await self._start_actor(
+                spec, info, place, owned, hangup_timeout=hangup, restart=restart, binder=guest_binder
+            )
 
     async def shutdown_vms(
         self, ladder: StopLadder | None = None
@@ -365,6 +385,7 @@ class VirtualizationService:
         *,
         hangup_timeout: float | None,
         restart: RestartPolicy | None,
+        binder: GuestBinder | None,
     ) -> VirtualMachine:
         resources = owned.pop_all()
 
@@ -385,6 +406,8 @@ class VirtualizationService:
             clear=partial(self._places.clear, place.cid),
             give_back=give_back,
             abandon=abandon,
+            binder=binder,
+            tombstones=self._tombstone_receiver(spec.name, place),
         )
         actor = VmActor(spec, info, context, hangup_timeout, restart)
         self._actors[place.cid] = actor
@@ -406,6 +429,16 @@ class VirtualizationService:
                 give_back()
             raise
         return VirtualMachine(actor, self.bus)
+
+    def _tombstone_receiver(self, name: str, place: Place) -> TombstoneReceiver | None:
+        if not isinstance(self._tombstones, TombstoneStore):
+            return None
+        listen: Callable[[], ClosableListener]
+        if self._tombstone_port is not None:
+            listen = partial(self._tombstone_port.listen, place.cid)
+        else:
+            listen = partial(place.transport.listen, TOMBSTONE_PORT)
+        return TombstoneReceiver(self._tombstones, listen, name, place.cid)
 
     def _check_open(self) -> None:
         if not self._open:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 import anyio
 from anyio.abc import TaskStatus
 
+from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.guest_connection import GuestRpcStatistics
 from vmactor.actors.guest_rpc import serve_guest_rpc
 from vmactor.actors.lifecycle import (
@@ -48,6 +50,7 @@ from vmactor.actors.lifecycle import (
 from vmactor.actors.monitor import END_GRACE, Run, RunSpec
 from vmactor.actors.restart_policy import RestartPolicy, Restarts
 from vmactor.actors.stop_ladder import StopLadder, climb
+from vmactor.actors.tombstone_receiver import TombstoneReceiver
 from vmactor.bus import Bus
 from vmactor.errors import (
     ActorDiedError,
@@ -108,6 +111,8 @@ class VmContext:
         clear: Removes the VM's files.
         give_back: Releases the CID and every descriptor that the VM owned.
         abandon: In its place where a process of the VM lives on: releases the descriptors only.
+        binder: What a guest that speaks RPC Binder is told; the defaults if None.
+        tombstones: Takes in what the guest tells of crashes inside it; nothing does if None.
     """
 
     bus: Bus[Event]
@@ -117,6 +122,8 @@ class VmContext:
     clear: Callable[[], None]
     give_back: Callable[[], None]
     abandon: Callable[[], None]
+    binder: GuestBinder | None = None
+    tombstones: TombstoneReceiver | None = None
 
 
 class VmActor:
@@ -301,10 +308,12 @@ class VmActor:
         self._started_at = {generation: anyio.current_time()}
         self.run_under_way = Run(self._spec, generation, self._post)
         await self._supervisor.start("guest-rpc", _GuestRpc(self, generation))
+        if self._context.tombstones is not None:
+            await self._supervisor.start("tombstones", partial(self._context.tombstones.serve, self.publish))
         await self._supervisor.start("run", self.run_under_way.run)
 
     async def _end_run(self) -> None:
-        for child in ("control", *_STOP_REQUESTS, "guest-rpc", "run"):
+        for child in ("control", *_STOP_REQUESTS, "guest-rpc", "tombstones", "run"):
             await self._supervisor.stop(child)
         self.run_under_way = None
         self._context.transport.close()
@@ -422,6 +431,7 @@ class _GuestRpc:
             self._report,
             cid=actor.info.cid,
             statistics=actor.guest_calls,
+            binder=actor._context.binder,  # noqa: SLF001
         )
 
     async def _report(self, report: GuestReport) -> None:

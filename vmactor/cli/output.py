@@ -33,6 +33,7 @@ from vmactor.messages import (
     Snapshot,
     Started,
     Suspended,
+    Tombstone,
     VsockMessage,
 )
 from vmactor.text import escape
@@ -126,6 +127,9 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
         case VsockMessage():
             arrow = "guest -> host" if event.direction == "guest_to_host" else "host -> guest"
             return f"{arrow}, port {event.port}: {shown(event.text)}", PLAIN
+        case Tombstone():
+            cut = ", cut off" if event.truncated else ""
+            return f"a crash report of {event.size} bytes{cut}: {shown(event.path)}", ODD
         case Died():
             by = "" if event.stopped_by is None else f", stopped by {event.stopped_by.name}"
             return f"{event.reason.name} after {event.elapsed:.2f} s{by}", GOOD if _in_order(event) else BAD

@@ -10,6 +10,7 @@ from vmactor.cli.exit_codes import MEANINGS
 
 VMMS = ("auto", "crosvm", "qemu", "simulated")
 CPU_TOPOLOGIES = ("one_cpu", "match_host")
+GUEST_RELEASES = ("android13", "explicit-codes")
 PARTITION_TYPES = ("raw", "instance", "encryptedstore")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -74,6 +75,7 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="start the VM again when it has ended, on failure (also without a value) or always; up to 3 "
         "times within 60 s, after 1, 2 and 4 s (default: never)",
     )
+    _add_guest_reports(run)
     _add_state_dir(run)
     _add_json(run, "print events as JSON, one object a line")
 
@@ -148,6 +150,7 @@ def _add_app_options(run: argparse.ArgumentParser, *, debug: str) -> None:
         "--task-profiles", metavar="NAME", action="append", default=[], help="task profile; repeatable"
     )
     _add_output(run)
+    _add_guest_reports(run)
     _add_vmm(run)
     _add_state_dir(run)
     _add_json(run, "print events as JSON, one object a line")
@@ -280,6 +283,22 @@ def _add_output(run: argparse.ArgumentParser) -> None:
 
 def _add_vmm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vmm", choices=VMMS, default="auto", help="which VMM (default: auto)")
+
+
+def _add_guest_reports(run: argparse.ArgumentParser) -> None:
+    run.add_argument(
+        "--tombstones",
+        metavar="DIR",
+        type=Path,
+        help="keep what the guest reports of crashes inside it there (default: it cannot report them)",
+    )
+    run.add_argument(
+        "--guest-release",
+        choices=GUEST_RELEASES,
+        default=GUEST_RELEASES[0],
+        help="which methods a guest knows that reports by RPC Binder: android13 until Android 16, "
+        "explicit-codes after it (default: %(default)s)",
+    )
 
 
 def _add_state_dir(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from anyio.abc import TaskGroup
 from vmactor import (
     AppConfig,
     CpuTopology,
+    GuestBinder,
     Platform,
     RawConfig,
     Restart,
@@ -66,11 +67,17 @@ async def run_vm(args: argparse.Namespace, config: RawConfig | AppConfig, **how:
     async with anyio.create_task_group() as tasks:
         with ExitStack() as files:
             sinks = {path: _open_sink(path, files, tasks) for path in (args.console, args.log)}
-            service = VirtualizationService(vmm=args.vmm, state_directory=args.state_dir, platform=platform)
+            service = VirtualizationService(
+                vmm=args.vmm,
+                state_directory=args.state_dir,
+                platform=platform,
+                tombstones=args.tombstones,
+            )
             async with service:
                 with service.subscribe() as events:
                     console, log = sinks[args.console], sinks[args.log]
-                    vm = await service.create_vm(config, console=console, log=log, **how)
+                    binder = GuestBinder(release=args.guest_release)
+                    vm = await service.create_vm(config, console=console, log=log, guest_binder=binder, **how)
                     life = await follow(vm, events, printer)
     return exit_code(life)
 
