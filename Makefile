@@ -28,7 +28,7 @@ check: setup  ## Lint, formatting, types, direction of imports
 	@echo 'check: passed'
 
 test: guest check  ## Check, then run every test, those of the lab too (one module: ARGS=tests/test_bus.py)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n auto --dist loadfile)
 	@$(if $(ARGS),,$(BIN)/python -m tools.kernel_lab)
 
 lab: guest  ## Run the tests that need KVM, vhost-vsock and AF_VSOCK, in a guest that has them
