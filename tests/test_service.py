@@ -23,6 +23,7 @@ from tests.test_guest_binder import TOKEN, BinderGuest
 from vmactor.actors import monitor
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
+from vmactor.actors.records import DELAY
 from vmactor.actors.service import VirtualizationService
 from vmactor.binder.parcel import Parcel
 from vmactor.binder.wire import ROOT, Reply, Status, Transaction
@@ -332,6 +333,7 @@ async def test_two_services_share_a_state_directory_and_nothing_else(
         assert [mine.cid, *(vm.cid for vm in theirs)] == [2048, 2049, 2050]
         assert [info.cid for info in one.list_vms()] == [2048]
         assert [info.cid for info in other.list_vms()] == [2049, 2050]
+        await anyio.sleep(2 * DELAY)  # other processes are told a moment later
         with StateDirectory(short_dir / "state") as state:
             records = state.records()
         assert [(r["cid"], r["state"], r["pid"], r["vsock"], r["alive"]) for r in records] == [

@@ -109,13 +109,12 @@ class Drain:
             self._reading = self._flushing = self._stopped = None
             stopped.set()
 
-    async def finish(self, timeout: float = 1.0) -> None:
-        """Bring ``run`` to its end; call it when the writer is known to be dead. Returns when ``run`` has.
+    def finish_soon(self, timeout: float = 1.0) -> None:
+        """Bring ``run`` to its end, also one that has not begun; call it when the writer is known to be dead.
 
         Does not wait for an end of file, since somebody else may hold the write end: what the dead wrote is
         in the pipe already, so no more is read than a pipe holds. Then the sink has until ``timeout`` seconds
-        from now to take what it has not taken yet. Works as well where ``run`` was never called, or was
-        cancelled.
+        from now to take what it has not taken yet.
         """
         self._finishing = True
         self._deadline = anyio.current_time() + timeout
@@ -123,6 +122,13 @@ class Drain:
             self._reading.cancel()
         if self._flushing is not None:
             self._flushing.deadline = self._deadline
+
+    async def finish(self, timeout: float = 1.0) -> None:
+        """The same, and return when ``run`` has.
+
+        Works as well where ``run`` was never called, or was cancelled.
+        """
+        self.finish_soon(timeout)
         if self._stopped is not None:
             await self._stopped.wait()
         elif not self._ended:

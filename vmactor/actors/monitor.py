@@ -167,7 +167,7 @@ class Run:
                     drains.start_soon(drain.run)
                 ended = await self._until_exit(pipes)
                 for drain in pipes.drains:
-                    drains.start_soon(drain.finish)
+                    drain.finish_soon()
         finally:
             pipes.close()
         self._post(self.account(ended))

@@ -26,6 +26,7 @@ from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.inspection import Inspection
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
+from vmactor.actors.records import Records
 from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.stop_ladder import StopLadder
 from vmactor.actors.tombstone_receiver import PORT as TOMBSTONE_PORT
@@ -127,6 +128,7 @@ class VirtualizationService:
         self._places: Places
         self._tombstones = tombstones
         self._tombstone_port: SharedPort | None = None
+        self._records: Records
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -139,11 +141,13 @@ class VirtualizationService:
             self._tombstones = TombstoneStore(self._tombstones)
         self._state = StateDirectory(self._state_path or default_path())
         self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
+        self._records = Records(self._state, {"vsock": self._selection.vsock})
         await self._supervisor.__aenter__()
         if self._tombstones is not None and self._selection.vsock == "kernel":
             self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
             await self._supervisor.start("tombstone-port", self._tombstone_port.run)
         await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
+        await self._supervisor.start("records", self._records.run)
         self._open = True
         if left := leftovers.find(self._state):
             await self._supervisor.start("reaper", partial(self._reap, left))
@@ -389,21 +393,27 @@ class VirtualizationService:
     ) -> VirtualMachine:
         resources = owned.pop_all()
 
+        def clear() -> None:
+            self._records.forget(place.cid)
+            self._places.clear(place.cid)
+
         def give_back() -> None:
             self._actors.pop(place.cid, None)
+            self._records.forget(place.cid)
             resources.close()
 
         def abandon() -> None:
             logger.error("a process survived its VM; the VM's directory and CID are kept", cid=place.cid)
             self._places.keep(place.cid)
+            self._records.flush(place.cid)
             give_back()
 
         context = VmContext(
             bus=self.bus,
             transport=place.transport,
             listener=place.listener,
-            record=self._record,
-            clear=partial(self._places.clear, place.cid),
+            record=self._records.tell,
+            clear=clear,
             give_back=give_back,
             abandon=abandon,
             binder=binder,
@@ -465,14 +475,6 @@ class VirtualizationService:
     def _vsock_peer(self, cid: int) -> int | None:
         actor = self._actors.get(cid)
         return actor.vsock_peer if actor is not None else None
-
-    def _record(self, info: VmInfo) -> None:
-        record = info.as_dict() | {"vsock": self._selection.vsock}
-        try:
-            self._state.write_record(info.cid, record)
-        except OSError as error:
-            # The VM lives on; other processes see it as it was.
-            logger.error("cannot write a VM's record", cid=info.cid, error=str(error))
 
     def _vm_ended(self, child: ChildExit) -> Decision:
         if child.error is not None:
