@@ -158,22 +158,29 @@ class CidPool:
 
     async def _lock_counter(self) -> None:
         # Never a blocking lock: a manager that was stopped while holding it would stop our event loop too.
+        if self._locked_counter():
+            return
         pause = 0.0005
         with anyio.move_on_after(_LOCK_PATIENCE):
             while True:
-                self._check_open()
-                try:
-                    self._lock(_COUNTER, fcntl.F_WRLCK)
-                except BlockingIOError:
-                    await anyio.sleep(pause)
-                    pause = min(pause * 2, 0.02)
-                except OSError as error:
-                    raise self._unusable(error) from error
-                else:
+                await anyio.sleep(pause)
+                if self._locked_counter():
                     return
+                pause = min(pause * 2, 0.02)
         raise DeadlineExceededError(
             f"another manager kept the CID counter locked for {_LOCK_PATIENCE:g} s; look for a stopped one"
         )
+
+    def _locked_counter(self) -> bool:
+        """Lock the counter, or say that somebody else has it."""
+        self._check_open()
+        try:
+            self._lock(_COUNTER, fcntl.F_WRLCK)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._unusable(error) from error
+        return True
 
     def _check_open(self) -> None:
         if self._fd < 0:

@@ -24,6 +24,7 @@ import anyio
 import anyio.lowlevel
 
 from vmactor.log import get_logger
+from vmactor.waiting import Moment
 
 CONSOLE_TAIL: Final = 16 * 1024
 """Bytes of a console's end that are kept for people."""
@@ -63,7 +64,7 @@ class Drain:
         self._tail_size = tail
         self._sink = _Sink(sink, sink_cap)
         self._ended = False
-        self._stopped: anyio.Event | None = None
+        self._stopped: Moment | None = None
         self._finishing = False
         self._deadline = math.inf
         self._reading: anyio.CancelScope | None = None
@@ -93,7 +94,7 @@ class Drain:
         """
         if self._stopped is not None:
             raise anyio.BusyResourceError("draining")
-        stopped = self._stopped = anyio.Event()
+        stopped = self._stopped = Moment()
         try:
             self._sink.open(self._read_fd)
             with anyio.CancelScope() as self._reading:
@@ -101,9 +102,10 @@ class Drain:
                     await self._step()
             if not self._ended:
                 await self._read_what_is_left()
-            with anyio.CancelScope(deadline=self._deadline) as self._flushing:
-                while self._sink.pending:
-                    await self._step()
+            if self._sink.pending:
+                with anyio.CancelScope(deadline=self._deadline) as self._flushing:
+                    while self._sink.pending:
+                        await self._step()
         finally:
             self._sink.close()
             self._reading = self._flushing = self._stopped = None

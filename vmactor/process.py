@@ -224,18 +224,20 @@ class Process:
         Takes 10 seconds at most: a process that survives SIGKILL for so long (stuck in the kernel, or not
         ours to signal) is logged and left, and its status counts as unknown from then on.
         """
-        with anyio.move_on_after(REAP_SECONDS, shield=True):
-            with suppress(PermissionError):
-                self.kill()
-            await self.wait()
+        if not self._reap():
+            with anyio.move_on_after(REAP_SECONDS, shield=True):
+                with suppress(PermissionError):
+                    self.kill()
+                await self.wait()
         if self._status is None:
             _log.error("process survived SIGKILL and is left behind", pid=self.pid, executable=self.args[0])
             self._status = UNKNOWN
             if self._pidfd is not None:
                 anyio.notify_closing(self._pidfd)
-        with anyio.CancelScope(shield=True):
-            while self._watched is not None:
-                await self._watched.wait()
+        if self._watched is not None:
+            with anyio.CancelScope(shield=True):
+                while self._watched is not None:
+                    await self._watched.wait()
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None

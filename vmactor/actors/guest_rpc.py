@@ -34,6 +34,9 @@ from vmactor.errors import ResourceExhaustedError
 BINDER_FIRST_BYTES: Final = (0x00, 0x01, 0x02)
 """Low bytes of RPC Binder's versions; in MessagePack a small number, with which no message begins."""
 
+_EXPECTED: Final = frozenset({CloseReason.END, CloseReason.IDLE, CloseReason.STOPPED, CloseReason.BROKEN})
+"""What is counted and no warning: a VM that is killed breaks its connection."""
+
 
 class Listener(Protocol):
     """What is needed of a listener: ``VsockListener`` is one."""
@@ -146,7 +149,7 @@ class _Server:
             self._fruitless |= not connection.reports
             self._statistics.open -= 1
             self._statistics.closed[reason] += 1
-            if reason not in (CloseReason.END, CloseReason.IDLE, CloseReason.STOPPED):
+            if reason not in _EXPECTED:
                 self._log.warning("closed a guest's connection", reason=reason.value)
             await _close(connection.stream)
 

@@ -381,21 +381,20 @@ class VmActor:
             started = datetime.now(UTC)
         if life.restart_delay is not None:
             due = self.info.restart_due or datetime.now(UTC) + timedelta(seconds=life.restart_delay)
-        info = replace(
-            self.info,
-            generation=life.generation,
-            state=life.public_state,
-            payload=life.payload,
-            suspended=life.suspended,
-            pid=life.pid,
-            started=started,
-            restarts=life.restarts.total,
-            restart_due=due,
-        )
-        if info != self.info:
-            self.info = info
+        known: dict[str, Any] = {
+            "generation": life.generation,
+            "state": life.public_state,
+            "payload": life.payload,
+            "suspended": life.suspended,
+            "pid": life.pid,
+            "started": started,
+            "restarts": life.restarts.total,
+            "restart_due": due,
+        }
+        if any(getattr(self.info, name) != value for name, value in known.items()):
+            self.info = replace(self.info, **known)
             if life.phase is not Phase.DEAD or life.survivors:
-                self._context.record(info)
+                self._context.record(self.info)
 
 
 _STOP_REQUESTS: Final = (StopRung.POWER_BUTTON.name, StopRung.EXIT_REQUEST.name)
