@@ -16,6 +16,7 @@ from vmactor.cli import output
 from vmactor.cli.output import EventPrinter, explanation, line_for_people, shown, table, to_json, wants_colour
 from vmactor.messages import (
     Created,
+    CreationFailed,
     DeathReason,
     Died,
     ErrorCode,
@@ -37,6 +38,7 @@ from vmactor.messages import (
     StopRung,
     Suspended,
     Tombstone,
+    UsageSampled,
     VsockMessage,
 )
 
@@ -65,6 +67,8 @@ EVENTS: list[Event] = [
     Reaped(monotonic=1400.0, ended=("its VMM (process 7)",)),
     Reaped(monotonic=1400.0),
     Orphaned(monotonic=1400.0, detail="process 7 is unknown"),
+    CreationFailed(monotonic=1500.0, error="SERVICE_SPECIFIC", code=-8, message="no CID left"),
+    UsageSampled(monotonic=1500.0, guest_time_ms=250, cpu_time_ms=300, rss_vm_kib=65536, rss_vmm_kib=98304),
 ]
 
 GOLDEN = """\
@@ -92,6 +96,8 @@ GOLDEN = """\
  1300.000  reaped            left by a crashed manager, now cleared away: its VMM (process 7)
  1300.000  reaped            left by a crashed manager, now cleared away: nothing of it was running
  1300.000  orphaned          left by a crashed manager, and kept: process 7 is unknown
+ 1400.000  creation_failed   no VM "web-3": no CID left
+ 1400.000  usage             processor 300 ms, guest's 250 ms; memory 98304 KiB, guest's 65536 KiB
 """
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\u202eevil\n[bold]x[/bold]"

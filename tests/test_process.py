@@ -481,3 +481,12 @@ async def test_a_process_that_cannot_be_reaped_is_given_up_and_logged(
     assert got == [UNKNOWN]
     assert [(entry["log_level"], entry["pid"]) for entry in logs] == [("error", process.pid)]
     os.waitpid(process.pid, 0)
+
+
+async def test_what_an_ended_process_used_of_processors_is_known() -> None:
+    process = Process.spawn([sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"])
+    status = await process.wait()
+    await process.aclose()
+    assert status == ExitStatus(0, None)
+    assert status.cpu is not None
+    assert status.cpu.total_ms >= 150

@@ -77,7 +77,7 @@ async def test_the_tree_is_the_one_that_is_drawn_in_the_architecture(
             while "restart" not in names(service.tree()):
                 await anyio.lowlevel.checkpoint()
             waiting = names(service.tree())
-        assert waiting == {"service", "inspection", "records", "vm-<cid>", "restart"}
+        assert waiting == {"service", "sampler", "inspection", "records", "vm-<cid>", "restart"}
         assert seen | waiting == documented()
 
 
@@ -115,7 +115,12 @@ async def test_other_processes_are_told_and_what_dead_managers_left_is_removed(
         (told,) = await inspect(managers)
         assert not dead.exists()
         assert told["pid"] == os.getpid()
-        assert [child["name"] for child in told["tree"]["children"]] == ["inspection", "records", "vm-2048"]
+        assert [child["name"] for child in told["tree"]["children"]] == [
+            "sampler",
+            "inspection",
+            "records",
+            "vm-2048",
+        ]
         lines = "\n".join(drawing(told))
         assert 'vm-2048 running, "test" STARTING, up 0s, 0 restarts, mailbox 0+0' in lines
         assert "└─ supervisor vm-2048" in lines

@@ -47,6 +47,7 @@ from vmactor.images.idsig import Idsig, IdsigResult
 from vmactor.messages import (
     CpuTopology,
     Created,
+    CreationFailed,
     DeathReason,
     DebugLevel,
     Died,
@@ -74,6 +75,7 @@ from vmactor.messages import (
     StopRung,
     Suspended,
     Tombstone,
+    UsageSampled,
     VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
@@ -87,6 +89,7 @@ from vmactor.security.labels import LabelCheck, LabelRules
 from vmactor.security.permissions import Grant, Permission, Permissions
 from vmactor.security.policy import Policy, load_policy
 from vmactor.tombstones import TombstoneLimits, TombstoneStore
+from vmactor.usage import CpuTime, Memory, Usage
 from vmactor.vsock import VsockAttribute, VsockListener, VsockStream
 
 __version__ = "0.1.0"
@@ -96,8 +99,10 @@ __all__ = [
     "ApkError",
     "AppConfig",
     "Backoff",
+    "CpuTime",
     "CpuTopology",
     "Created",
+    "CreationFailed",
     "DeadlineExceededError",
     "DeathReason",
     "DebugLevel",
@@ -120,6 +125,7 @@ __all__ = [
     "LabelError",
     "LabelRules",
     "MailboxFullError",
+    "Memory",
     "MemoryTrimLevel",
     "NotStoppedError",
     "Orphaned",
@@ -162,6 +168,8 @@ __all__ = [
     "TombstoneStore",
     "UnsafeImageError",
     "UnsupportedOperationError",
+    "Usage",
+    "UsageSampled",
     "VirtualMachine",
     "VirtualMachineDebugInfo",
     "VirtualMachineState",

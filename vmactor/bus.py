@@ -104,6 +104,30 @@ class Bus(Generic[E]):
         """
         return self._publish(event, None)
 
+    def publish_aside(self, event: E) -> None:
+        """Tell an event to those only who asked for its kind by name; nothing is left of it.
+
+        It has no number of its own, but that of the last event published, and is in no history. A queue that
+        is full drops it as it would drop any other.
+
+        Raises:
+            IllegalStateError: Called from a subscriber's filter.
+        """
+        if self._offering:
+            raise IllegalStateError("a subscriber's filter may look, not publish: others would see disorder")
+        terms = self._terms
+        event = terms.stamp(event, self.seq)
+        kind = terms.kind(event)
+        subscriptions = (*self._by_topic.get(terms.topic(event), ()), *self._about_all)
+        with self._no_publishing():
+            for subscription in subscriptions:
+                if subscription.choice.kinds is not None and kind in subscription.choice.kinds:
+                    subscription.offer(event, self.seq, None, last=False)
+
+    def asked_for(self, kind: Hashable) -> bool:
+        """Whether anybody asked for a kind by name."""
+        return any(kind in (subscription.choice.kinds or ()) for subscription in self._subscriptions)
+
     async def publish_and_wait(self, event: E) -> E:
         """Publish an event, then wait until all subscribers that asked for it (``Overflow.WAIT``) have room.
 

@@ -315,9 +315,48 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Created(Event):
-    """The VM exists and can be started."""
+    """The VM exists and can be started.
+
+    Attributes:
+        uid: The user that asked for it.
+        protected: Whether a protected VM was asked for.
+        config_type: ``RawConfig`` or ``AppConfig``.
+        cpus: Virtual processors.
+        memory_mib: Memory as configured; 0 if that was left to the VMM or to the guest's configuration.
+    """
 
     kind = "created"
+    uid: int = 0
+    protected: bool = False
+    config_type: str = "RawConfig"
+    cpus: int = 1
+    memory_mib: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreationFailed(Event):
+    """A VM was asked for, and is not to be had. There is none, so the CID is 0.
+
+    Attributes:
+        error: The error's kind, as in the reference.
+        code: The kind's binder exception code.
+        message: The error's text.
+        uid: As in ``created``, with what follows.
+        protected: The same.
+        config_type: The same.
+        cpus: The same.
+        memory_mib: The same.
+    """
+
+    kind = "creation_failed"
+    error: str
+    code: int
+    message: str
+    uid: int = 0
+    protected: bool = False
+    config_type: str = "RawConfig"
+    cpus: int = 1
+    memory_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,6 +471,11 @@ class Died(Event):
         console_tail: The end of the guest's console, cut to a bound.
         console_dropped: Console bytes that were not kept because a bound was reached.
         elapsed: Seconds from start to death.
+        guest_time_ms: Processor time that ran the guest, as far as the kernel can tell (0 where the guest is
+            emulated, or nobody knows).
+        cpu_time_ms: All processor time of the VMM, the guest's included.
+        rss_vm_kib: The most resident memory of the guest that was measured; 0 if it never was.
+        rss_vmm_kib: The same for all of the VMM, the guest included.
         stopped_by: If somebody was stopping the VM: the last way that was tried before it ended. None if it
             ended by itself, was killed from outside, or had no VMM when it was stopped.
     """
@@ -446,7 +490,26 @@ class Died(Event):
     console_tail: str = ""
     console_dropped: int = 0
     elapsed: float = 0.0
+    guest_time_ms: int = 0
+    cpu_time_ms: int = 0
+    rss_vm_kib: int = 0
+    rss_vmm_kib: int = 0
     stopped_by: StopRung | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageSampled(Event):
+    """What a VM uses of its host; only for those who asked for this kind by name, and only while they do.
+
+    It has no number of its own: ``seq`` is that of the last event before it. Fields are those of ``died``,
+    but memory is what is resident now.
+    """
+
+    kind = "usage"
+    guest_time_ms: int = 0
+    cpu_time_ms: int = 0
+    rss_vm_kib: int = 0
+    rss_vmm_kib: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -42,6 +42,7 @@ import anyio.lowlevel
 from vmactor.errors import IllegalArgumentError
 from vmactor.log import get_logger
 from vmactor.messages import Requester
+from vmactor.usage import CpuTime, cpu_time
 
 REAP_SECONDS: Final = 10.0
 """How long ``aclose`` waits for a killed process. Only one stuck inside the kernel takes longer."""
@@ -68,10 +69,12 @@ class ExitStatus:
     Attributes:
         code: The exit code, if it exited.
         signal: The signal's number, if one ended it.
+        cpu: What it used of processors, unless somebody else took the status.
     """
 
     code: int | None
     signal: int | None
+    cpu: CpuTime | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         if self.code is not None:
@@ -271,15 +274,19 @@ class Process:
             try:
                 # WNOHANG, because uvloop makes watched descriptors non-blocking, which waitid answers with
                 # EAGAIN
-                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 self._status = UNKNOWN
             else:
                 if result is not None:
                     exited = result.si_code == os.CLD_EXITED
                     self._status = ExitStatus(
-                        result.si_status if exited else None, None if exited else result.si_status
+                        result.si_status if exited else None,
+                        None if exited else result.si_status,
+                        cpu_time(self.pid),  # its number is its own until it is reaped
                     )
+                    with suppress(ChildProcessError):
+                        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         return self._status is not None
 
 

@@ -6,8 +6,9 @@ millisecond, so here it is read when somebody asks.
 """
 
 import os
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +29,8 @@ class CpuTime:
         total_ms: All of it, the guest's included.
     """
 
-    guest_ms: int
-    total_ms: int
+    guest_ms: int = 0
+    total_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,39 @@ class Memory:
         total_kib: All of it, the guest's included.
     """
 
-    guest_kib: int
-    total_kib: int
+    guest_kib: int = 0
+    total_kib: int = 0
+
+    def most(self, other: "Memory") -> "Memory":
+        """The greater of both, each figure by itself."""
+        return Memory(max(self.guest_kib, other.guest_kib), max(self.total_kib, other.total_kib))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a VM uses of its host.
+
+    Attributes:
+        cpu: Processor time since its VMM was started.
+        memory: Resident memory now.
+        seconds: Processor time that it took to find out.
+    """
+
+    cpu: CpuTime
+    memory: Memory
+    seconds: float = field(default=0.0, compare=False)
+
+
+def measure(pid: int) -> Usage | None:
+    """Both at once, in some tenths of a millisecond; None if there is no such process, or it is not ours.
+
+    May block for as long as the process's memory map is being changed, so not for the event loop's thread.
+    """
+    began = time.thread_time()
+    cpu, resident = cpu_time(pid), memory(pid)
+    if cpu is None or resident is None:
+        return None
+    return Usage(cpu, resident, time.thread_time() - began)
 
 
 def cpu_time(pid: int) -> CpuTime | None:

@@ -55,6 +55,7 @@ from vmactor.messages import (
 )
 from vmactor.request import Request
 from vmactor.text import escape
+from vmactor.usage import CpuTime, Memory
 
 MAX_CONTROLS: Final = 16
 """Control requests of one VM that may wait for its VMM."""
@@ -144,6 +145,8 @@ class RunEnded:
         cause: The error because of which there was no VMM.
         at: When it ended, on the loop's clock.
         lasted: Seconds that it took.
+        cpu: Processor time that it took.
+        peak: The most memory that was seen.
         chance: A number from 0 to 1: chance enters with the message, as time does.
     """
 
@@ -159,6 +162,8 @@ class RunEnded:
     cause: Exception | None = None
     at: float = 0.0
     lasted: float = 0.0
+    cpu: CpuTime = CpuTime()  # noqa: RUF009 - immutable
+    peak: Memory = Memory()  # noqa: RUF009 - immutable
     chance: float = 0.0
 
 
@@ -620,6 +625,10 @@ def _ended(life: Life, run: RunEnded) -> Step:
         detail="\n".join(text for text in (run.detail, left) if text),
         console_tail=run.console_tail,
         console_dropped=run.console_dropped,
+        guest_time_ms=run.cpu.guest_ms,
+        cpu_time_ms=run.cpu.total_ms,
+        rss_vm_kib=run.peak.guest_kib,
+        rss_vmm_kib=run.peak.total_kib,
         stopped_by=_stopped_by(life, run),
     )
     gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")

@@ -16,6 +16,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskStatus
 
+from vmactor import usage
 from vmactor.actors.lifecycle import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
 from vmactor.config import RawConfig
 from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain
@@ -32,6 +33,7 @@ from vmactor.log import get_logger
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN, Process
 from vmactor.state_dir import sockets_of
+from vmactor.usage import CpuTime, Memory, Usage
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm.driver import (
     Channels,
@@ -51,6 +53,8 @@ CONSOLE_CAP: Final = 64 * MIB
 RAMDUMP_CAP: Final = 4096 * MIB
 KILL_SECONDS: Final = 10.0
 """How long a killed process may take to end before it counts as a survivor."""
+MEASURE_SECONDS: Final = 5.0
+"""How long the kernel may take to tell what a VMM uses."""
 END_GRACE: Final = 0.5
 """A VMM that ends within this time of its helper's end, or of a refusal to run, ended by itself."""
 
@@ -117,6 +121,7 @@ class Run:
         self._cause: Exception | None = None
         self._ended: VmmExit | None = None
         self._pipes: _Pipes | None = None
+        self._peak = Memory()
 
     @property
     def vsock_peer(self) -> int | None:
@@ -145,6 +150,24 @@ class Run:
         stats = await vmm.balloon_stats()
         if stats is not None and stats.total_memory is not None:
             await vmm.set_balloon(stats.total_memory * percent // 100)
+
+    async def measure(self) -> Usage:
+        """What the VMM uses now.
+
+        Raises:
+            IllegalStateError: There is none, or none any more.
+            DeadlineExceededError: The kernel does not say within 5 s.
+        """
+        pid = self.running_vmm().pid
+        used = None
+        with anyio.move_on_after(MEASURE_SECONDS) as patience:
+            used = await anyio.to_thread.run_sync(usage.measure, pid, abandon_on_cancel=True)
+        if patience.cancelled_caught:
+            raise DeadlineExceededError(f"the kernel does not tell what process {pid} uses; it may be stuck")
+        if used is None or self._ended is not None:  # else the number may be another process's by now
+            raise IllegalStateError(NOT_RUNNING)
+        self._peak = self._peak.most(used.memory)
+        return used
 
     def running_vmm(self) -> Vmm:
         """The VMM. Raises IllegalStateError if it was not spawned yet."""
@@ -189,6 +212,8 @@ class Run:
             cause=self._cause,
             at=anyio.current_time(),
             lasted=anyio.current_time() - self._began,
+            cpu=ended.status.cpu or CpuTime(),
+            peak=self._peak,
             chance=random.random(),  # noqa: S311 - it spreads restarts, it keeps no secret
         )
         if self._pipes is None:

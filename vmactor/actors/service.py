@@ -31,6 +31,7 @@ from vmactor.actors.restart_policy import RestartPolicy
 from vmactor.actors.stop_ladder import StopLadder
 from vmactor.actors.tombstone_receiver import PORT as TOMBSTONE_PORT
 from vmactor.actors.tombstone_receiver import ClosableListener, SharedPort, TombstoneReceiver
+from vmactor.actors.usage_sampler import UsageSampler
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.app_config import AppConfig
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
@@ -41,6 +42,7 @@ from vmactor.errors import (
     NotStoppedError,
     ResourceExhaustedError,
     SecurityError,
+    VmactorError,
 )
 from vmactor.host import HostFacts, probe
 from vmactor.images.disks import lock_formats
@@ -48,12 +50,16 @@ from vmactor.images.idsig import IdsigResult, create_or_update_idsig_file
 from vmactor.images.partition import initialize_writable_partition
 from vmactor.log import get_logger
 from vmactor.messages import (
+    CpuTopology,
+    Created,
+    CreationFailed,
     Event,
     PartitionType,
     PayloadState,
     Requester,
     Snapshot,
     StopRung,
+    UsageSampled,
     VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
@@ -79,6 +85,8 @@ HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
 VM_SHUTDOWN_SECONDS: Final = 30.0
+MAX_ERROR_TEXT: Final = 4096
+"""Characters of an error that are told in an event."""
 
 logger = get_logger()
 
@@ -120,6 +128,10 @@ class VirtualizationService:
         self._policy = policy or Policy()
         self._actors: dict[int, VmActor] = {}
         self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
+        self._sampler = UsageSampler(
+            lambda: self.bus.asked_for(UsageSampled),
+            lambda: [actor.sample for _, actor in sorted(self._actors.items())],
+        )
         self._workers = anyio.CapacityLimiter(WORKERS)
         self._hashers = anyio.CapacityLimiter(HASHERS)
         self._open = False
@@ -146,6 +158,7 @@ class VirtualizationService:
         if self._tombstones is not None and self._selection.vsock == "kernel":
             self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
             await self._supervisor.start("tombstone-port", self._tombstone_port.run)
+        await self._supervisor.start("sampler", self._sampler.run)
         await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
         await self._supervisor.start("records", self._records.run)
         self._open = True
@@ -223,6 +236,62 @@ class VirtualizationService:
             LabelError: The SELinux label of a file does not allow to give it to a VM.
         """
         self._check_open()
+        facts = self._facts if config.cpu_topology is CpuTopology.MATCH_HOST else None
+        wanted = Created(
+            uid=os.getuid() if requester is None else requester.uid,
+            protected=config.protected_vm,
+            config_type=type(config).__name__,
+            cpus=facts.cpus if facts is not None else 1,
+            memory_mib=config.memory_mib or 0,
+        )
+        try:
+            return await self._create(
+                config,
+                wanted,
+                console=console,
+                log=log,
+                ramdump=ramdump,
+                hangup_detection=hangup_detection,
+                hangup_timeout=hangup_timeout,
+                restart=restart,
+                requester=requester,
+                guest_binder=guest_binder,
+            )
+        except VmactorError as error:
+            self._tell_failure(config, wanted, error)
+            raise
+
+    def _tell_failure(self, config: RawConfig | AppConfig, wanted: Created, error: VmactorError) -> None:
+        failed = CreationFailed(
+            error=error.kind,
+            code=error.code,
+            message=error.message[:MAX_ERROR_TEXT],
+            uid=wanted.uid,
+            protected=wanted.protected,
+            config_type=wanted.config_type,
+            cpus=wanted.cpus,
+            memory_mib=wanted.memory_mib,
+            name=config.name,
+            driver=self._selection.driver.name,
+            time=datetime.now(UTC),
+            monotonic=anyio.current_time(),
+        )
+        self.bus.publish(failed)
+
+    async def _create(
+        self,
+        config: RawConfig | AppConfig,
+        wanted: Created,
+        *,
+        console: int | None,
+        log: int | None,
+        ramdump: int | None,
+        hangup_detection: bool | None,
+        hangup_timeout: float | None,
+        restart: RestartPolicy | None,
+        requester: Requester | None,
+        guest_binder: GuestBinder | None,
+    ) -> VirtualMachine:
         self._policy.permissions.check(requester, Method.CREATE_VM, config)
         if requester is not None and not is_caller(requester) and os.geteuid() != 0:
             raise SecurityError("only root can run a VM for another user: leave the requester out")
@@ -278,7 +347,14 @@ class VirtualizationService:
             )
             hangup = timeout if watched else None
             return await self._start_actor(
-                spec, info, place, owned, hangup_timeout=hangup, restart=restart, binder=guest_binder
+                spec,
+                info,
+                place,
+                owned,
+                hangup_timeout=hangup,
+                restart=restart,
+                created=wanted,
+                binder=guest_binder,
             )
 
     async def shutdown_vms(
@@ -390,6 +466,7 @@ class VirtualizationService:
         hangup_timeout: float | None,
         restart: RestartPolicy | None,
         binder: GuestBinder | None,
+        created: Created,
     ) -> VirtualMachine:
         resources = owned.pop_all()
 
@@ -419,7 +496,7 @@ class VirtualizationService:
             binder=binder,
             tombstones=self._tombstone_receiver(spec.name, place),
         )
-        actor = VmActor(spec, info, context, hangup_timeout, restart)
+        actor = VmActor(spec, info, context, hangup_timeout, restart, created=created)
         self._actors[place.cid] = actor
         try:
             self._check_open()  # it may have ended while we looked for a place
@@ -507,7 +584,9 @@ class VirtualizationService:
         Args:
             wants: Called for every event that passes the other filters; must be quick and publish nothing.
             cids: Only events of these VMs.
-            kinds: Only events of these classes; a ``Gap`` or ``Snapshot`` comes in any case.
+            kinds: Only events of these classes; a ``Gap`` or ``Snapshot`` comes in any case. While
+                ``UsageSampled`` is among somebody's, all VMs that run are measured, every second or as often
+                as 1 % of a processor allows; nobody else gets it.
             capacity: Events that may wait.
             overflow: What happens when they are more. Only ``VirtualMachine.publish_message`` waits for a
                 subscriber that asks for it; a VM's own life waits for nobody.
@@ -520,10 +599,13 @@ class VirtualizationService:
             ValueError: The capacity is below 1, or the stream is to begin in several ways.
             IllegalArgumentError: There was no event of the number ``after`` yet.
         """
+        wanted = None if kinds is None else frozenset(kinds)
+        if wanted is not None and UsageSampled in wanted:
+            self._sampler.wake()
         return self.bus.subscribe(
             wants,
             topics=cids,
-            kinds=kinds,
+            kinds=wanted,
             capacity=capacity,
             overflow=overflow,
             patience=patience,

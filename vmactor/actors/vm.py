@@ -77,11 +77,13 @@ from vmactor.messages import (
     StopRung,
     Suspend,
     TrimMemory,
+    UsageSampled,
     VmInfo,
 )
 from vmactor.process import UNKNOWN
 from vmactor.supervision_tree import Detail
 from vmactor.supervisor import ChildExit, Decision, Supervisor
+from vmactor.usage import Usage
 from vmactor.vmm.driver import VmmExit
 from vmactor.vsock import VsockListener, VsockTransport
 
@@ -145,6 +147,8 @@ class VmActor:
         context: VmContext,
         hangup_timeout: float | None,
         restart: RestartPolicy | None = None,
+        *,
+        created: Created = Created(),  # noqa: B008 - immutable
     ) -> None:
         self.info = info
         self.mailbox: Mailbox[Message] = Mailbox(f"VM {spec.name} (CID {spec.cid})")
@@ -153,6 +157,7 @@ class VmActor:
         self.created_seq = 0
         self._spec = spec
         self._context = context
+        self._created = created
         self.guest_calls = GuestRpcStatistics()
         self._life = Life(hangup_timeout, restarts=Restarts(restart))
         self._due: deque[Action] = deque()
@@ -196,6 +201,28 @@ class VmActor:
             **self.mailbox.details(),
         }
 
+    async def measure(self) -> Usage:
+        """What the VM uses; see ``VirtualMachine.usage``."""
+        if self.run_under_way is None:
+            raise IllegalStateError(NOT_RUNNING)
+        return await self.run_under_way.measure()
+
+    async def sample(self) -> float | None:
+        """Measure what the VM uses and tell those who asked for it; see ``UsageSampler``."""
+        try:
+            used = await self.measure()
+        except VmactorError:  # it does not run, or the kernel does not say
+            return None
+        sampled = UsageSampled(
+            guest_time_ms=used.cpu.guest_ms,
+            cpu_time_ms=used.cpu.total_ms,
+            rss_vm_kib=used.memory.guest_kib,
+            rss_vmm_kib=used.memory.total_kib,
+        )
+        if self._life.alive:  # nothing comes after died
+            self._context.bus.publish_aside(self._headed(sampled))
+        return used.seconds
+
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""
         with suppress(ActorDiedError, MailboxFullError):  # full only while it clears away: it is about to end
@@ -216,7 +243,7 @@ class VmActor:
         """The actor's task: from ``created`` to the last trace of the VM."""
         try:
             async with self._supervisor:
-                self.created_seq = self.publish(Created()).seq
+                self.created_seq = self.publish(self._created).seq
                 self._context.record(self.info)
                 task_status.started()
                 while not self.ended.is_set():

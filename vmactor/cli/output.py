@@ -15,6 +15,7 @@ import anyio
 from vmactor.cli.stdio import STDERR, STDOUT, Writer, is_terminal
 from vmactor.messages import (
     Created,
+    CreationFailed,
     DeathReason,
     Died,
     Event,
@@ -34,6 +35,7 @@ from vmactor.messages import (
     Started,
     Suspended,
     Tombstone,
+    UsageSampled,
     VsockMessage,
 )
 from vmactor.text import escape
@@ -108,6 +110,8 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
     match event:
         case Created():
             return f'VM "{shown(event.name)}" has CID {event.cid}, driver {shown(event.driver)}', PLAIN
+        case CreationFailed():
+            return f'no VM "{shown(event.name)}": {shown(event.message)}', BAD
         case Started():
             return f"the VMM runs (process {event.pid})", PLAIN
         case PayloadStarted():
@@ -144,6 +148,9 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
             return f"left by a crashed manager, now cleared away: {shown(what)}", ODD
         case Orphaned():
             return f"left by a crashed manager, and kept: {shown(event.detail)}", BAD
+        case UsageSampled():
+            cpu = f"processor {event.cpu_time_ms} ms, guest's {event.guest_time_ms} ms"
+            return f"{cpu}; memory {event.rss_vmm_kib} KiB, guest's {event.rss_vm_kib} KiB", PLAIN
         case Snapshot():
             return f"{len(event.vms)} VMs live", PLAIN
         case Gap():
