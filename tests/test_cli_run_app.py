@@ -47,7 +47,7 @@ def test_a_missing_platform_says_what_to_name_and_the_files_are_made(
     cli: Cli, tinydroid_dir: Path, tmp_path: Path
 ) -> None:
     files = [tmp_path / name for name in ("app.idsig", "instance.img", "store.img")]
-    options = ["--payload-binary-name", "hello.so", "--storage", files[2], "--storage-size", "1M"]
+    options = ("--payload-binary-name", "hello.so", "--storage", files[2], "--storage-size", "1M")
     absent = tmp_path / "absent"
     code, out, err = cli.run(
         "run-app", tinydroid_dir / "example.apk", *files[:2], *options, "--platform", absent
