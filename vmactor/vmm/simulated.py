@@ -26,6 +26,8 @@ OPTIONS: Final = frozenset(
     }
 )
 """The options of crosvm's head that ``simulated.c`` knows, without their dashes."""
+COMMANDS: Final = frozenset({"create_composite", "create_qcow2"})
+"""What a crosvm that reads all kinds of disks has; nothing reads a disk here, so all are as good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class SimulatedDriver:
     @property
     def _build(self) -> Crosvm:
         program = self.facts.simulated
-        return Crosvm(program.usable, program.found, program.advice, program.path, None, OPTIONS)
+        return Crosvm(program.usable, program.found, program.advice, program.path, None, OPTIONS, COMMANDS)
 
 
 def _as_kernel_vsock(launch: Launch) -> Launch:
