@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BUILD: Final = ROOT / "build" / "fuzz"
-INSTRUMENTED: Final = ["vmactor.images"]
+INSTRUMENTED: Final = ["vmactor.images", "vmactor.microdroid", "vmactor.strict_json"]
 """Packages whose branches count as coverage."""
 SECONDS: Final = 60
 MAX_BYTES: Final = 1 << 16
@@ -225,6 +225,69 @@ def _gpt_seeds() -> list[bytes]:
     return [plan([Part(f"part-{number}", 4096) for number in range(count)]).header for count in (1, 128)]
 
 
+def _apk_entry() -> Callable[[bytes], None]:
+    from vmactor.images.apk_entry import read_entry  # noqa: PLC0415
+    from vmactor.microdroid.payload_config import parse_payload_config  # noqa: PLC0415
+
+    def parse(fd: int) -> None:
+        data = read_entry(fd, "a", 4096)
+        assert len(data) <= 4096
+        parse_payload_config(data)
+
+    return through_a_file(parse)
+
+
+def _apk_entry_seeds() -> list[bytes]:
+    import io  # noqa: PLC0415
+    import zipfile  # noqa: PLC0415
+
+    seeds = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", method) as archive:
+            archive.writestr("b", b"other")
+            archive.writestr("a", _payload_config_seeds()[0])
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def _payload_config() -> Callable[[bytes], None]:
+    from vmactor.microdroid.payload_config import parse_payload_config  # noqa: PLC0415
+
+    def parse(data: bytes) -> None:
+        parse_payload_config(data)
+
+    return parse
+
+
+def _payload_config_seeds() -> list[bytes]:
+    return [
+        b'{"version":1,"os":{"name":"microdroid"},"task":{"type":"executable","command":"/apex/x"},"apexes":'
+        b'[{"name":"{CLASSPATH}"}],"extra_apks":[{"path":"/a"}],"prefer_staged":true,"enable_authfs":false,'
+        b'"export_tombstones":null}',
+        b'{"task": null, "x": [[1e9, -7, "\\ud800"]]}',
+    ]
+
+
+def _apex_list() -> Callable[[bytes], None]:
+    from vmactor.microdroid.apexes import parse_apex_info_list, select_apexes  # noqa: PLC0415
+
+    def parse(data: bytes) -> None:
+        select_apexes(parse_apex_info_list(data), ["{CLASSPATH}"], debuggable=True)
+
+    return parse
+
+
+def _apex_list_seeds() -> list[bytes]:
+    from tests.app_files import apex_entry, apex_list  # noqa: PLC0415
+
+    return [
+        apex_list(apex_entry("a"), apex_entry("com.android.adbd", versionCode=9)),
+        apex_list("<apex-info><moduleName>b</moduleName><isActive>1</isActive></apex-info>"),
+        b'<!DOCTYPE l [<!ENTITY a "b">]><l>&a;</l>',
+    ]
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     "qcow2": Target(_qcow2, _qcow2_seeds),
     "android-sparse": Target(_sparse, _sparse_seeds),
@@ -234,6 +297,9 @@ TARGETS: Final[Mapping[str, Target]] = {
     "idsig": Target(_idsig, _idsig_seeds),
     "composite": Target(_composite, _composite_seeds),
     "gpt": Target(_gpt, _gpt_seeds),
+    "apk-entry": Target(_apk_entry, _apk_entry_seeds),
+    "payload-config": Target(_payload_config, _payload_config_seeds),
+    "apex-list": Target(_apex_list, _apex_list_seeds),
 }
 
 
