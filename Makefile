@@ -35,9 +35,9 @@ lab: guest  ## Run the tests that need KVM, vhost-vsock and AF_VSOCK, in a guest
 	@$(BIN)/python -m tools.kernel_lab $(ARGS)
 
 bench: guest  ## Measure what the manager adds to a boot
-	@set -e; for name in bench_boot bench_runtime bench_images bench_composite bench_idsig bench_lifecycle; do $(BIN)/python -m "bench.$$name" $(ARGS); done
+	@set -e; for name in bench_boot bench_runtime bench_images bench_composite bench_idsig bench_guest_rpc bench_lifecycle; do $(BIN)/python -m "bench.$$name" $(ARGS); done
 
-fuzz: setup  ## Fuzz the parsers of foreign files (more time, some only: ARGS='600 qcow2')
+fuzz: setup  ## Fuzz the parsers of foreign files and messages (more time, some only: ARGS='600 qcow2')
 	@$(BIN)/python -m tools.fuzz $(ARGS)
 
 clean:  ## Remove everything built or downloaded, but not .venv

@@ -367,10 +367,10 @@ async def test_a_beginning_that_is_none_is_closed(server: Server, name: str) -> 
     assert server.statistics.closed == {CloseReason.GARBAGE: 1}
 
 
-@pytest.mark.parametrize("version", [1, 2, 7, 0x93000000, 0xFFFFFF00])
+@pytest.mark.parametrize("version", [1, 2, 3, 7, 15, 0x93000000, 0xFFFFFF00])
 async def test_any_version_is_answered_with_one_that_we_speak(server: Server, version: int) -> None:
     guest = dial(server)
-    header = ConnectionHeader(version & 0xFFFFFF00, incoming=False, fd_mode=0, session_id=None)
+    header = ConnectionHeader(version, incoming=False, fd_mode=0, session_id=None)
     await guest.stream.send(header.encode() + CONNECTION_INIT)
     assert await guest.exactly(8) == ANSWER
 
@@ -459,11 +459,50 @@ async def test_a_table_of_objects_is_refused_since_no_descriptors_can_come(short
     async with Server(short_dir / "s").running(vm.report, binder=GuestBinder(version=1)) as server:
         guest = dial(server, version=1)
         await guest.begin()
-        reply = await guest.ask(Transaction(ROOT, 1, parcel=TOKEN, objects=bytes(4)))
-        assert reply.status == Status.BAD_VALUE
+        for address, code in (ROOT, 1), (ROOT, PING), (NO_ADDRESS, 1):
+            reply = await guest.ask(Transaction(address, code, parcel=TOKEN, objects=bytes(4)))
+            assert reply.status == Status.BAD_VALUE
+        await guest.stream.send(Transaction(ROOT, PING).encode())
+        assert await guest.message() == DecStrong(ROOT, 3), "refused calls brought references, too"
+        assert await guest.reply() == Reply(Status.OK)
         await guest.stream.send(Transaction(ROOT, 1, parcel=TOKEN, objects=bytes(3)).encode())
         assert await guest.closed() == b""
     assert vm.reports == []
+
+
+async def test_tables_of_held_one_way_calls_are_bounded_too(short_dir: Path, vm: Vm) -> None:
+    async with Server(short_dir / "s").running(vm.report, binder=GuestBinder(version=1)) as server:
+        guest = dial(server, version=1)
+        await guest.begin()
+        large = bytes(90_000)
+        with contextlib.suppress(anyio.BrokenResourceError):
+            for number in range(1, 4):
+                await guest.stream.send(
+                    Transaction(ROOT, 1, FLAG_ONEWAY, number, TOKEN, objects=large).encode()
+                )
+        assert await guest.closed() == b""
+        assert server.statistics.closed == {CloseReason.GARBAGE: 1}
+
+
+async def test_what_every_binder_answers_is_answered_as_libbinder_does(server: Server) -> None:
+    answers = {
+        b"_PNG": Reply(Status.OK),
+        b"_DMP": Reply(Status.OK),
+        b"_CMD": Reply(Status.OK),
+        b"_EXT": Reply(Status.OK, bytes(8)),
+        b"_NTF": Reply(Status.OK, TOKEN),
+        b"_SPR": Reply(Status.INVALID_OPERATION),
+        b"_RPC": Reply(Status.INVALID_OPERATION),
+        b"_SRD": Reply(Status.INVALID_OPERATION),
+        b"_ERD": Reply(Status.INVALID_OPERATION),
+        b"_TWT": Reply(Status.UNKNOWN_TRANSACTION),
+        b"_LIK": Reply(Status.UNKNOWN_TRANSACTION),
+        b"_PID": Reply(Status.UNKNOWN_TRANSACTION),  # libbinder tells its process number
+    }
+    guest = dial(server)
+    await guest.begin()
+    for name, answer in answers.items():
+        assert await guest.ask(Transaction(ROOT, int.from_bytes(name, "big"))) == answer, name
 
 
 async def test_held_one_way_calls_are_bounded(server: Server) -> None:

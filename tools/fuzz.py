@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuzz the parsers of files that anybody may have written, guided by coverage (atheris, on libFuzzer).
+"""Fuzz what reads files and messages of strangers, guided by coverage (atheris, on libFuzzer).
 
     python -m tools.fuzz SECONDS [TARGET...]
 
@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BUILD: Final = ROOT / "build" / "fuzz"
-INSTRUMENTED: Final = ["vmactor.images", "vmactor.microdroid", "vmactor.strict_json"]
+INSTRUMENTED: Final = ["vmactor.binder", "vmactor.images", "vmactor.microdroid", "vmactor.strict_json"]
 """Packages whose branches count as coverage."""
 SECONDS: Final = 60
 MAX_BYTES: Final = 1 << 16
@@ -288,6 +288,88 @@ def _apex_list_seeds() -> list[bytes]:
     ]
 
 
+def _binder() -> Callable[[bytes], None]:
+    from vmactor.actors.guest_binder import INTERFACES  # noqa: PLC0415
+    from vmactor.binder import server, wire  # noqa: PLC0415
+
+    ping = wire.Transaction(wire.ROOT, server.BuiltIn.PING)
+    root = wire.Transaction(wire.NO_ADDRESS, wire.Special.GET_ROOT)
+    header = wire.ConnectionHeader(1, incoming=False, fd_mode=0, session_id=None)
+
+    def begin(sessions: server.Sessions, first: wire.ConnectionHeader) -> server.Session | None:
+        session = sessions.accept(first).session
+        if session is not None and first is header:
+            session.receive(root)
+        return session
+
+    def talk(session: server.Session, data: bytes) -> None:
+        decoder = wire.MessageDecoder(session.version)
+        for at in range(0, len(data), 1 + data[0] * 8):
+            decoder.feed(data[at : at + 1 + data[0] * 8])
+            while (message := decoder.next()) is not None:
+                outcome = session.receive(message)
+                while isinstance(outcome, server.Call):
+                    assert len(outcome.arguments) == len(outcome.method.parameters)
+                    session.finish(outcome, None)
+                    outcome = session.next_held() if outcome.transaction.oneway else None
+                assert len(session._held) <= session.limits.held_calls  # noqa: SLF001
+                assert session._held_bytes <= session.limits.held_bytes  # noqa: SLF001
+
+    def run(data: bytes) -> None:
+        if not data:
+            return
+        limits = server.Limits(version=data[0] & 1, max_threads=2)
+        sessions = server.Sessions(INTERFACES["explicit-codes" if data[0] & 2 else "android13"], limits)
+        other = begin(sessions, header)
+        assert other is not None
+        session = None
+        try:
+            if data[0] & 4:
+                handshake = wire.HandshakeDecoder()
+                handshake.feed(data[1:])
+                first = handshake.next()
+                if isinstance(first, wire.ConnectionHeader):
+                    session = begin(sessions, first)
+                    handshake.next()
+                data = data[:1] + handshake.rest()
+            else:
+                session = begin(sessions, header)
+            if session is not None and len(data) > 1:
+                talk(session, data[1:])
+        except (wire.ProtocolError, server.SessionEnded):
+            pass
+        if session is not None:
+            sessions.leave(session)
+        answer = other.receive(ping)  # another guest, which works undisturbed
+        assert answer == wire.DecStrong(wire.ROOT, 1).encode() + wire.Reply(0).encode(other.version)
+
+    return run
+
+
+def _binder_seeds() -> list[bytes]:
+    from vmactor.actors.guest_binder import DESCRIPTOR  # noqa: PLC0415
+    from vmactor.binder.parcel import Parcel  # noqa: PLC0415
+    from vmactor.binder.wire import (  # noqa: PLC0415
+        CONNECTION_INIT,
+        FLAG_ONEWAY,
+        NO_ADDRESS,
+        ROOT,
+        ConnectionHeader,
+        DecStrong,
+        Transaction,
+    )
+
+    token = Parcel().string(DESCRIPTOR).to_bytes()
+    error = token + Parcel().int32(2).string("text \U0001f600").to_bytes()
+    calls = [Transaction(NO_ADDRESS, code) for code in range(4)]
+    calls += [Transaction(ROOT, 1, parcel=token), Transaction(ROOT, 4, parcel=error)]
+    calls += [Transaction(ROOT, 2, FLAG_ONEWAY, number, token) for number in (1, 0)]
+    calls += [Transaction(ROOT, int.from_bytes(name, "big")) for name in (b"_NTF", b"_EXT", b"_PID")]
+    stream = b"".join(call.encode() for call in calls) + DecStrong(ROOT, 1).encode()
+    first = ConnectionHeader(1, incoming=False, fd_mode=0, session_id=None).encode() + CONNECTION_INIT
+    return [b"\x00\xff" + stream, b"\x03\x01" + stream, b"\x05" + first + stream]
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     "qcow2": Target(_qcow2, _qcow2_seeds),
     "android-sparse": Target(_sparse, _sparse_seeds),
@@ -300,6 +382,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "apk-entry": Target(_apk_entry, _apk_entry_seeds),
     "payload-config": Target(_payload_config, _payload_config_seeds),
     "apex-list": Target(_apex_list, _apex_list_seeds),
+    "rpc-binder": Target(_binder, _binder_seeds),
 }
 
 

@@ -31,8 +31,9 @@ from vmactor.actors.guest_connection import (
 from vmactor.actors.guest_messagepack import MessagePackSpeaker
 from vmactor.errors import ResourceExhaustedError
 
-BINDER_FIRST_BYTES: Final = (0x00, 0x01, 0x02)
-"""Low bytes of RPC Binder's versions; in MessagePack a small number, with which no message begins."""
+BINDER_FIRST_BYTES: Final = range(0x10)
+"""Low bytes of RPC Binder's versions, those to come too; in MessagePack a small number, with which no message
+begins. TLS would begin with 0x16."""
 
 _EXPECTED: Final = frozenset({CloseReason.END, CloseReason.IDLE, CloseReason.STOPPED, CloseReason.BROKEN})
 """What is counted and no warning: a VM that is killed breaks its connection."""

@@ -48,6 +48,10 @@ class BuiltIn(IntEnum):
     DUMP = _letters("DMP")
     SHELL_COMMAND = _letters("CMD")
     EXTENSION = _letters("EXT")
+    SYSTEM_PROPERTIES = _letters("SPR")
+    SET_RPC_CLIENT = _letters("RPC")
+    START_RECORDING = _letters("SRD")
+    STOP_RECORDING = _letters("ERD")
 
 
 _READERS: Final[Mapping[str, Callable[[ParcelReader], Value]]] = {
@@ -219,15 +223,15 @@ class Session:
     def next_held(self) -> bytes | Call | None:
         """After each one-way call: the next, if it came already; as ``receive``."""
         while (held := self._held.pop(self._turn, None)) is not None:
-            self._held_bytes -= len(held.parcel)
+            self._held_bytes -= _size(held)
             if (result := self._carry_out(held)) is not None:
                 return result
         return None
 
     def _transaction(self, transaction: Transaction) -> bytes | Call | None:
-        if transaction.objects:
-            return self._refusal(transaction, Status.BAD_VALUE)
         if transaction.address == NO_ADDRESS:
+            if transaction.objects:
+                return self._refusal(transaction, Status.BAD_VALUE)
             return self._special(transaction)
         if not transaction.address.valid:
             return self._refusal(transaction, Status.BAD_VALUE)
@@ -242,7 +246,7 @@ class Session:
         """One-way calls to an object are carried out in the order of their numbers, whatever came first."""
         number = transaction.async_number
         if number != self._turn or self._running:
-            self._held_bytes += len(transaction.parcel)
+            self._held_bytes += _size(transaction)
             too_many = len(self._held) >= self.limits.held_calls or self._held_bytes > self.limits.held_bytes
             if number < self._turn or number in self._held or too_many:
                 raise ProtocolError("one-way calls out of order")
@@ -253,6 +257,8 @@ class Session:
     def _carry_out(self, transaction: Transaction) -> bytes | Call | None:
         if transaction.oneway:
             self._running = True
+        if transaction.objects:  # of descriptors, and none can come
+            return self._done(transaction, Reply(Status.BAD_VALUE)) or None
         if FIRST_CALL <= transaction.code <= LAST_CALL:
             outcome = self._method(transaction)
             if isinstance(outcome, Call):
@@ -329,6 +335,10 @@ class Session:
             raise SessionEnded
 
 
+def _size(transaction: Transaction) -> int:
+    return len(transaction.parcel) + len(transaction.objects)
+
+
 def _built_in(code: int, interface: Interface) -> Reply:
     match code:
         case BuiltIn.INTERFACE:
@@ -337,7 +347,14 @@ def _built_in(code: int, interface: Interface) -> Reply:
             return Reply(Status.OK)
         case BuiltIn.EXTENSION:
             return Reply(Status.OK, Parcel().binder(None).to_bytes())
-    # Among them what would tell of the host: its process number, its recordings.
+        case (
+            BuiltIn.SYSTEM_PROPERTIES
+            | BuiltIn.SET_RPC_CLIENT
+            | BuiltIn.START_RECORDING
+            | BuiltIn.STOP_RECORDING
+        ):
+            return Reply(Status.INVALID_OPERATION)
+    # Among them the host's process number, which libbinder tells.
     return Reply(Status.UNKNOWN_TRANSACTION)
 
 
