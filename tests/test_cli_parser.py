@@ -109,3 +109,21 @@ def test_lists_load_what_draws_only_for_a_terminal() -> None:
     code = "import sys; import vmactor.cli.list_vms; print('vmactor.cli.drawing' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "restart"),
+    [
+        (["--restart", "vm.json"], "on-failure"),
+        (["vm.json", "--restart"], "on-failure"),
+        (["--restart", "always", "vm.json"], "always"),
+        (["--restart=always", "vm.json"], "always"),
+        (["--restart", "--json", "vm.json"], "on-failure"),
+        (["--", "vm.json"], None),
+    ],
+)
+def test_a_configuration_after_restart_is_not_taken_for_its_value(
+    words: list[str], restart: str | None
+) -> None:
+    wanted = parser.parse(["run", *words])
+    assert (wanted.restart, wanted.config) == (restart, Path("vm.json"))

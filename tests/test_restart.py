@@ -1,5 +1,6 @@
 """VMs that are started again by themselves, through the service, on virtual time, with scripted VMMs."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from vmactor.actors.service import VirtualizationService
 from vmactor.bus import Subscription
 from vmactor.config import RawConfig
 from vmactor.errors import StartFailedError, VmmError
-from vmactor.messages import DeathReason, Died, Event, Restarting, RestartsExhausted, VirtualMachineState
+from vmactor.messages import (
+    DeathReason,
+    Died,
+    Event,
+    PayloadState,
+    Restarting,
+    RestartsExhausted,
+    VirtualMachineState,
+)
 from vmactor.process import ExitStatus
 from vmactor.vmm.driver import Launch, VmmExit
 from vmactor.vmm.select import Selection
@@ -205,3 +214,44 @@ async def test_a_start_of_a_restart_that_fails_is_tried_again(short_dir: Path, c
             driver.spawn_error = None
             await until(events, "started")
             await vm.stop()
+
+
+async def test_connections_that_the_old_run_left_are_closed_and_never_reach_the_next_one(
+    short_dir: Path, config: RawConfig
+) -> None:
+    driver = RunningDriver()
+    path = short_dir / "state" / "vm" / "2048" / "vsock_2048"
+
+    def dial() -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        connection.connect(str(path))
+        return connection
+
+    async with service_in(short_dir, driver) as service:
+        vm = await service.create_vm(config, restart=POLICY)
+        with vm.events() as events:
+            await vm.start()
+            dial().close()  # of no use, so that the server pauses after the next
+            while not vm.guest_calls.closed.total():
+                await anyio.lowlevel.checkpoint()
+            with dial() as served:
+                while not vm.guest_calls.open:
+                    await anyio.lowlevel.checkpoint()
+                with dial() as waiting:
+                    waiting.send(b"\x94\x00\x01\xb4notifyPayloadStarted\x90")
+                    driver.vmm.end(CRASH)
+                    await until(events, "restarting")
+                    assert vm.guest_calls.connections == 2
+                    assert [_read(served), _read(waiting)] == [b"", b""]
+            assert (await until(events, "started")).generation == 2
+            await anyio.sleep(10)
+            assert vm.info.payload is PayloadState.STARTING
+            await vm.stop()
+
+
+def _read(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(100)
+    except ConnectionResetError:
+        return b""

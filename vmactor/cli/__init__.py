@@ -5,6 +5,7 @@ asked for. Exit statuses are decided in ``exit_codes``, the looks of events in `
 """
 
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -26,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: The arguments cannot be understood (2), or asked for nothing but help or the version (0).
     """
     claim_standard_descriptors()
-    wanted = parser.build().parse_args(args)
+    wanted = parser.parse(sys.argv[1:] if args is None else args)
     name = _MODULES.get(wanted.command, wanted.command.replace("-", "_"))
     module = importlib.import_module(f"vmactor.cli.{name}")
     try:

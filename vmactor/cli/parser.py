@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -9,10 +10,25 @@ from vmactor import __version__
 from vmactor.cli.exit_codes import MEANINGS
 
 VMMS = ("auto", "crosvm", "qemu", "simulated")
+RESTARTS = ("on-failure", "always")
 CPU_TOPOLOGIES = ("one_cpu", "match_host")
 GUEST_RELEASES = ("android13", "explicit-codes")
 PARTITION_TYPES = ("raw", "instance", "encryptedstore")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse(args: Sequence[str]) -> argparse.Namespace:
+    """Understand a command line; exits where it cannot be.
+
+    ``argparse`` would take whatever follows ``--restart`` for its value, the configuration too.
+    """
+    words = list(args)
+    for place, word in enumerate(args):
+        if word == "--":
+            break
+        if word == "--restart" and not {*args[place + 1 : place + 2]} & {*RESTARTS}:
+            words[place] = f"--restart={RESTARTS[0]}"
+    return build().parse_args(words)
 
 
 def build() -> argparse.ArgumentParser:
@@ -70,7 +86,7 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
     run.add_argument(
         "--restart",
         nargs="?",
-        choices=("on-failure", "always"),
+        choices=RESTARTS,
         const="on-failure",
         help="start the VM again when it has ended, on failure (also without a value) or always; up to 3 "
         "times within 60 s, after 1, 2 and 4 s (default: never)",
