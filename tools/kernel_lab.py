@@ -99,7 +99,8 @@ cd /project
 export HOME=/tmp PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8
 export PYTHONPATH=/project:/opt/python PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 VMACTOR_KERNEL_LAB=1
 [ ! -e crosvm ] || export VMACTOR_CROSVM=/project/crosvm LD_LIBRARY_PATH=/project/lib
-stty raw -echo < /dev/hvc2
+exec 3<> /dev/hvc2  # whose settings last as long as somebody has it open
+stty raw -echo <&3
 if [ "$COLUMNS" ]; then  # there is a terminal
     pytest='python3.11 -m pytest @lab-arguments > /dev/hvc2 2>&1'
 else

@@ -25,6 +25,8 @@ from vmactor import (
 )
 from vmactor.actors.place import SET_GUEST_CID
 from vmactor.messages import Reaped
+from vmactor.security.permissions import Grant, Permission, Permissions
+from vmactor.security.policy import Policy
 
 VMMS = [
     "qemu",
@@ -41,6 +43,11 @@ pytestmark = [
 ]
 
 KVM_GROUP = 104
+USER = 4242
+ALLOWED = Grant(frozenset({USER}))
+POLICY = Policy(
+    Permissions({Permission.MANAGE_VIRTUAL_MACHINE: ALLOWED, Permission.USE_CUSTOM_VIRTUAL_MACHINE: ALLOWED})
+)
 
 
 def rights(pid: int) -> dict[str, list[str]]:
@@ -98,15 +105,15 @@ async def test_another_users_vm_has_that_users_rights_and_reports_over_the_kerne
 ) -> None:
     """Its user may open KVM by a group, and needs no right to vhost-vsock: that is handed over open."""
     as_on_debian()
-    user = Requester(4242, 4343, (KVM_GROUP,))
+    user = Requester(USER, 4343, (KVM_GROUP,))
     async with (
-        VirtualizationService(state_directory=short_dir, vmm=vmm) as service,
+        VirtualizationService(state_directory=short_dir, vmm=vmm, policy=POLICY) as service,
         booted(service, guest_dir, requester=user) as vm,
     ):
-        assert vm.info.requester_uid == 4242
+        assert vm.info.requester_uid == USER
         assert vm.info.pid is not None
         status = rights(vm.info.pid)
-        assert (status["Uid"], status["Gid"]) == (["4242"] * 4, ["4343"] * 4)
+        assert (status["Uid"], status["Gid"]) == ([str(USER)] * 4, ["4343"] * 4)
         assert status["Groups"] == [str(KVM_GROUP)]
         assert {int(status[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
         assert status["NoNewPrivs"] == ["1"]
@@ -116,8 +123,8 @@ async def test_another_users_vm_has_that_users_rights_and_reports_over_the_kerne
 async def test_another_user_who_may_not_use_kvm_is_told(short_dir: Path, guest_dir: Path, vmm: str) -> None:
     as_on_debian()
     async with (
-        VirtualizationService(state_directory=short_dir, vmm=vmm) as service,
-        await create(service, guest_dir, "serve", requester=Requester(4242, 4343)) as vm,
+        VirtualizationService(state_directory=short_dir, vmm=vmm, policy=POLICY) as service,
+        await create(service, guest_dir, "serve", requester=Requester(USER, 4343)) as vm,
     ):
         with pytest.raises(StartFailedError, match=r"(?is)kvm.*permission denied"):
             await vm.start()
