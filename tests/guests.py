@@ -10,6 +10,8 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from vmactor import Event, VirtualizationService, VirtualMachine, load_config
+from vmactor.security.permissions import Grant, Permission, Permissions
+from vmactor.security.policy import Policy
 
 AGENT_PORT = 5000
 BOOT_SECONDS = 90
@@ -35,6 +37,13 @@ async def booted(
             await vm.start()
             await until(events, "payload_ready")
         yield vm
+
+
+def allowing(user: int) -> Policy:
+    """A policy by which another user may have VMs."""
+    granted = Grant(frozenset({user}))
+    needed = (Permission.MANAGE_VIRTUAL_MACHINE, Permission.USE_CUSTOM_VIRTUAL_MACHINE)
+    return Policy(Permissions(dict.fromkeys(needed, granted)))
 
 
 SILENT_SCRIPT = "serve;dial 7001 up"

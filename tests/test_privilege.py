@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.guests import agent, create, until
+from tests.guests import agent, allowing, create, until
 from tests.test_process import limits_of, status_of
 from vmactor import Requester, SecurityError, VirtualizationService, VirtualMachine
 from vmactor.host import Finding, probe
@@ -36,10 +36,12 @@ def processes_of(vm: VirtualMachine) -> dict[str, int]:
 async def started(directory: Path, guest: Path, **options: Any) -> AsyncIterator[VirtualMachine]:
     # Another user may not be allowed to use KVM.
     facts = probe()
+    policy = None
     if options:
+        policy = allowing(options["requester"].uid)
         facts = replace(facts, kvm=Finding(False, "not for this user"))
     async with (
-        VirtualizationService(state_directory=directory, facts=facts) as service,
+        VirtualizationService(state_directory=directory, facts=facts, policy=policy) as service,
         await create(service, guest, "started;ready;serve", **options) as vm,
     ):
         with vm.events() as events:
@@ -113,7 +115,7 @@ async def test_a_vm_for_another_user_has_that_users_rights_and_keeps_everybody_e
 async def test_only_root_runs_vms_for_others(
     short_dir: Path, guest_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with VirtualizationService(state_directory=short_dir) as service:
+    async with VirtualizationService(state_directory=short_dir, policy=allowing(4243)) as service:
         monkeypatch.setattr(os, "geteuid", lambda: 4242)
         with pytest.raises(SecurityError, match="only root"):
             await create(service, guest_dir, "hang", requester=Requester(4243, 4243))

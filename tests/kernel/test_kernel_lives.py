@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.guests import agent, booted, create, until
+from tests.guests import agent, allowing, booted, create, until
 from vmactor import (
     Backoff,
     DeathReason,
@@ -25,8 +25,6 @@ from vmactor import (
 )
 from vmactor.actors.place import SET_GUEST_CID
 from vmactor.messages import Reaped
-from vmactor.security.permissions import Grant, Permission, Permissions
-from vmactor.security.policy import Policy
 
 VMMS = [
     "qemu",
@@ -44,10 +42,6 @@ pytestmark = [
 
 KVM_GROUP = 104
 USER = 4242
-ALLOWED = Grant(frozenset({USER}))
-POLICY = Policy(
-    Permissions({Permission.MANAGE_VIRTUAL_MACHINE: ALLOWED, Permission.USE_CUSTOM_VIRTUAL_MACHINE: ALLOWED})
-)
 
 
 def rights(pid: int) -> dict[str, list[str]]:
@@ -107,7 +101,7 @@ async def test_another_users_vm_has_that_users_rights_and_reports_over_the_kerne
     as_on_debian()
     user = Requester(USER, 4343, (KVM_GROUP,))
     async with (
-        VirtualizationService(state_directory=short_dir, vmm=vmm, policy=POLICY) as service,
+        VirtualizationService(state_directory=short_dir, vmm=vmm, policy=allowing(USER)) as service,
         booted(service, guest_dir, requester=user) as vm,
     ):
         assert vm.info.requester_uid == USER
@@ -123,7 +117,7 @@ async def test_another_users_vm_has_that_users_rights_and_reports_over_the_kerne
 async def test_another_user_who_may_not_use_kvm_is_told(short_dir: Path, guest_dir: Path, vmm: str) -> None:
     as_on_debian()
     async with (
-        VirtualizationService(state_directory=short_dir, vmm=vmm, policy=POLICY) as service,
+        VirtualizationService(state_directory=short_dir, vmm=vmm, policy=allowing(USER)) as service,
         await create(service, guest_dir, "serve", requester=Requester(USER, 4343)) as vm,
     ):
         with pytest.raises(StartFailedError, match=r"(?is)kvm.*permission denied"):
