@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -141,8 +142,13 @@ def test_a_file_that_unpacks_to_more_than_it_says_costs_no_more_than_it_says(tmp
     data = (tmp_path / "apk").read_bytes()
     small = data.replace(struct.pack("<I", 30 << 20), struct.pack("<I", 10))
     apk = apks.Apk(Bytes(small))
-    with pytest.raises(failures.NotVerified, match="damaged"):
-        apk.content(apk.entries["bomb"])
+    tracemalloc.start()
+    try:
+        with pytest.raises(failures.NotVerified, match="damaged"):
+            apk.content(apk.entries["bomb"])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
     large = data.replace(struct.pack("<I", 30 << 20), struct.pack("<I", 3 << 30))
     with pytest.raises(failures.NotVerified, match="more than 48 MiB"):
         apks.Apk(Bytes(large))

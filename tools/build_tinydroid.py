@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import json
 import os
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a script
 
 from tools import build_guest
 from tools.build_guest import PARAMS, ROOT, Archive, BuildError, run, say
@@ -179,7 +180,10 @@ def build(guest: Path, cache: Path, new: Path, final: Path) -> None:
         binaries = compiled(work)
         etc = new / "apex" / VIRT / "etc"
         (etc / "fs").mkdir(parents=True)
-        os.link(guest / "vmlinux", etc / "fs" / "microdroid_kernel")
+        try:
+            os.link(guest / "vmlinux", etc / "fs" / "microdroid_kernel")
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(guest / "vmlinux", etc / "fs" / "microdroid_kernel")
         for level, debuggable in ("normal", False), ("debuggable", True):
             data = initrd(guest, cache, work, binaries["mount"], debuggable=debuggable)
             (etc / f"microdroid_initrd_{level}.img").write_bytes(data)
