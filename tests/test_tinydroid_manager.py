@@ -137,7 +137,7 @@ def test_another_extra_apk_than_at_the_first_boot_is_refused(machine: Machine, t
 
 def test_another_list_of_apexes_than_at_the_first_boot_is_refused(machine: Machine) -> None:
     machine.boot()
-    machine.put_metadata([ApexInfo("com.android.art", 1, Path("/apex/art"))])
+    machine.put_metadata([ApexInfo(name="com.android.art", version=1, path=Path("/apex/art"))])
     reports, text = machine.boot()
     assert ([code for code, _ in reports], text) == ([2], CHANGED)
 
