@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmactor.actors.lifecycle import (
-    MAX_CONTROLS,
+from vmactor.actors.lifecycle import MAX_CONTROLS, Life, Phase, transition
+from vmactor.actors.restart_policy import RestartPolicy, Restarts
+from vmactor.actors.vocabulary import (
     Action,
     Answer,
     ArmHangup,
@@ -20,9 +21,7 @@ from vmactor.actors.lifecycle import (
     GuestReported,
     HangupExpired,
     KillRun,
-    Life,
     Message,
-    Phase,
     Publish,
     Refuse,
     RestartDue,
@@ -34,9 +33,7 @@ from vmactor.actors.lifecycle import (
     VmmGone,
     VmmRunning,
     VmmSpawned,
-    transition,
 )
-from vmactor.actors.restart_policy import RestartPolicy, Restarts
 from vmactor.cli.exit_codes import exit_code
 from vmactor.errors import (
     IllegalArgumentError,

@@ -14,8 +14,8 @@ import pytest
 from tests.scripted_vmm import Bench, ScriptedHelper
 from vmactor.actors import monitor
 from vmactor.actors.handle import VirtualMachine
-from vmactor.actors.lifecycle import GuestReported
 from vmactor.actors.monitor import Sinks
+from vmactor.actors.vocabulary import GuestReported
 from vmactor.errors import (
     DeadlineExceededError,
     IllegalArgumentError,

@@ -32,8 +32,8 @@ from tests.scripted_vmm import ScriptedDriver, ScriptedHelper
 from vmactor import Backoff, Restart, RestartLimit, RestartPolicy
 from vmactor.actors import monitor
 from vmactor.actors.handle import VirtualMachine
-from vmactor.actors.lifecycle import GuestReported
 from vmactor.actors.service import VirtualizationService
+from vmactor.actors.vocabulary import GuestReported
 from vmactor.bus import Overflow, Subscription
 from vmactor.config import RawConfig
 from vmactor.errors import SlowSubscriberError, VmactorError

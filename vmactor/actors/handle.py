@@ -13,9 +13,9 @@ import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
 from vmactor.actors.guest_connection import GuestRpcStatistics
-from vmactor.actors.lifecycle import NOT_RUNNING
 from vmactor.actors.stop_ladder import StopLadder
 from vmactor.actors.vm import VmActor
+from vmactor.actors.vocabulary import NOT_RUNNING
 from vmactor.bus import Bus, Subscription
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalArgumentError, IllegalStateError
 from vmactor.messages import (

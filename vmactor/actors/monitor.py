@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from vmactor import usage
-from vmactor.actors.lifecycle import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
+from vmactor.actors.vocabulary import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
 from vmactor.config import RawConfig
 from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain
 from vmactor.errors import (

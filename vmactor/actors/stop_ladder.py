@@ -8,7 +8,7 @@ VM's life knows only which rungs were tried.
 from dataclasses import dataclass
 from typing import Final
 
-from vmactor.actors.lifecycle import Message
+from vmactor.actors.vocabulary import Message
 from vmactor.errors import DeadlineExceededError, IllegalArgumentError, NotStoppedError, VmmError
 from vmactor.mailbox import Mailbox
 from vmactor.messages import Stop, StopRung

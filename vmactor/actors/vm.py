@@ -19,7 +19,12 @@ from anyio.abc import TaskStatus
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.guest_connection import GuestRpcStatistics
 from vmactor.actors.guest_rpc import serve_guest_rpc
-from vmactor.actors.lifecycle import (
+from vmactor.actors.lifecycle import Life, Phase, transition
+from vmactor.actors.monitor import END_GRACE, Run, RunSpec
+from vmactor.actors.restart_policy import RestartPolicy, Restarts
+from vmactor.actors.stop_ladder import StopLadder, climb
+from vmactor.actors.tombstone_receiver import TombstoneReceiver
+from vmactor.actors.vocabulary import (
     NOT_RUNNING,
     Action,
     Answer,
@@ -35,9 +40,7 @@ from vmactor.actors.lifecycle import (
     GuestReported,
     HangupExpired,
     KillRun,
-    Life,
     Message,
-    Phase,
     Publish,
     Refuse,
     RestartDue,
@@ -45,12 +48,7 @@ from vmactor.actors.lifecycle import (
     SpawnRun,
     StopRefused,
     Unpaused,
-    transition,
 )
-from vmactor.actors.monitor import END_GRACE, Run, RunSpec
-from vmactor.actors.restart_policy import RestartPolicy, Restarts
-from vmactor.actors.stop_ladder import StopLadder, climb
-from vmactor.actors.tombstone_receiver import TombstoneReceiver
 from vmactor.bus import Bus
 from vmactor.errors import (
     ActorDiedError,
