@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -57,10 +58,10 @@ class RunningDriver(ScriptedDriver):
         return vmm
 
 
-def service_in(directory: Path, driver: ScriptedDriver) -> VirtualizationService:
+def service_in(directory: Path, driver: ScriptedDriver, **options: Any) -> VirtualizationService:
     """A service whose VMMs are scripted."""
     selection = Selection(driver, "hybrid", ("a test picked it",))
-    return VirtualizationService(vmm=selection, state_directory=directory / "state", facts=FULL)
+    return VirtualizationService(vmm=selection, state_directory=directory / "state", facts=FULL, **options)
 
 
 async def until(events: Subscription[Event], kind: str) -> Event:

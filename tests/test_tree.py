@@ -61,7 +61,7 @@ async def test_the_tree_is_the_one_that_is_drawn_in_the_architecture(
     config: RawConfig,  # noqa: F811
 ) -> None:
     driver = RunningDriver()
-    async with service_in(short_dir, driver) as service:
+    async with service_in(short_dir, driver, tombstones=short_dir / "tombstones") as service:
         vm = await service.create_vm(config, restart=POLICY, hangup_detection=True)
         await vm.start()
         driver.vmm.answers = anyio.Event()
