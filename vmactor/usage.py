@@ -66,7 +66,7 @@ class Usage:
 
 
 def measure(pid: int) -> Usage | None:
-    """Both at once, in some tenths of a millisecond; None if there is no such process, or it is not ours.
+    """Both at once, in tenths of a millisecond to some milliseconds, by its memory; None if there is no such process, or it is not ours.
 
     May block for as long as the process's memory map is being changed, so not for the event loop's thread.
     """
@@ -80,7 +80,12 @@ def measure(pid: int) -> Usage | None:
 def cpu_time(pid: int) -> CpuTime | None:
     """Processor time of a process, alive or not yet reaped; None if there is no such process."""
     try:
-        return parse_stat(Path(f"/proc/{pid}/stat").read_bytes())
+        # Not by pathlib: this is done at the end of every process, and takes less than half the time so.
+        stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return parse_stat(os.read(stat, 4096))
+        finally:
+            os.close(stat)
     except (OSError, ValueError, IndexError):
         return None
 

@@ -189,7 +189,7 @@ class VirtualMachine:
     async def usage(self) -> Usage:
         """What the VM uses of its host now: processor time and memory, as the kernel counts them for its VMM.
 
-        Takes some tenths of a millisecond, most of it in the kernel and all of it in a thread.
+        Takes from tenths of a millisecond to some milliseconds, by the VMM's memory; all of it in a thread.
 
         Raises:
             IllegalStateError: The VM is not running.
