@@ -11,10 +11,12 @@ from pathlib import Path
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 import vmactor.console
-from vmactor.console import Drain
+from vmactor.console import LINE_MAX, LINES_AT_ONCE, Drain, Lines
 from vmactor.process import ExitStatus, Process
 
 pytestmark = pytest.mark.anyio
@@ -406,3 +408,30 @@ async def test_one_task_runs_a_drain(source: Pipe) -> None:
         with pytest.raises(anyio.BusyResourceError):
             await drain.run()
         tasks.cancel_scope.cancel()
+
+
+# -- Lines -------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=30) | st.sampled_from([b"\n", b"\r\n", b"x" * 3000]), max_size=20))
+def test_lines_are_told_whole_or_cut_however_the_text_comes(pieces: list[bytes]) -> None:
+    told: list[bytes] = []
+    lines = Lines(told.append, MIB)
+    for piece in pieces:
+        lines.feed(piece)
+    lines.close()
+    expected = b"".join(pieces).split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    assert told == [line[:LINE_MAX].removesuffix(b"\r") for line in expected]
+
+
+def test_a_flood_of_lines_is_cut_and_the_cut_is_told() -> None:
+    told: list[bytes] = []
+    lines = Lines(told.append, 5000)
+    lines.feed(b"\n" * (LINES_AT_ONCE + 2) + b"rest")
+    lines.feed(b"x" * 10_000)
+    lines.close()
+    assert len(told) == LINES_AT_ONCE + 2
+    assert told[-2] == b"(2 lines left out: too many at once)"
+    assert told[-1] == (b"rest" + b"x" * 5000)[:LINE_MAX]

@@ -4,31 +4,31 @@ import ctypes
 import os
 import stat
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from tests.app_files import app_in, make_platform
 from tests.host_facts import FULL
 from tests.residue import descriptors
-from tests.scripted_vmm import ScriptedDriver, ScriptedHelper
+from tests.scripted_vmm import ScriptedDriver
 from tests.simulated_peer import script
-from tests.test_service import started
-from vmactor.actors import monitor
 from vmactor.actors.service import VirtualizationService
 from vmactor.app_config import AppConfig
 from vmactor.errors import (
     ApkError,
     IllegalArgumentError,
     ServiceSpecificError,
+    StartFailedError,
     UnsupportedOperationError,
     VmactorError,
 )
-from vmactor.messages import DeathReason, Died, Requester
+from vmactor.messages import DeathReason, DebugLevel, Died, Requester
 from vmactor.microdroid.extra_apks import open_extra_apks
 from vmactor.security.permissions import Grant, Permission, Permissions
 from vmactor.security.policy import Policy
@@ -68,23 +68,43 @@ async def test_an_app_lives_and_ends_as_any_vm_does(short_dir: Path) -> None:
     assert left_in(short_dir) == []
 
 
-@pytest.mark.virtual_time
-async def test_an_app_that_does_not_report_is_a_hang_up_without_being_asked(
-    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+async def test_what_a_debuggable_guest_says_goes_to_the_log_line_by_line(
+    short_dir: Path,
 ) -> None:
-    monkeypatch.setattr(monitor, "VhostDeviceVsock", ScriptedHelper)
-    driver = ScriptedDriver()
+    steps = script("print hello", "log good", "finished 0", "exit 0")
+    platform = make_platform(short_dir / "apex", params=steps)
+    said = []
+    for level in DebugLevel:
+        with capture_logs() as logs:
+            async with VirtualizationService(
+                vmm="simulated", state_directory=short_dir / "state", platform=platform
+            ) as service:
+                with app_in(short_dir / "app", payload_binary_name="x", debug_level=level) as app:
+                    async with await service.create_vm(app) as vm:
+                        await vm.start()
+                        with anyio.fail_after(30):
+                            await vm.wait()
+                        cid = vm.cid
+        said.append([line["event"] for line in logs if f"({cid}): " in line["event"]])
+    assert said[0] == []
+    assert f"Console({cid}): hello" in said[1]
+    assert f"Log({cid}): good" in said[1]
+
+
+async def test_an_app_that_does_not_report_is_a_hang_up_without_being_asked(short_dir: Path) -> None:
     async with VirtualizationService(
-        vmm=Selection(driver, "hybrid", ("a test picked it",)),
+        vmm="simulated",
         state_directory=short_dir / "state",
-        facts=FULL,
-        platform=make_platform(short_dir / "apex"),
+        platform=make_platform(short_dir / "apex", params=script("sleep 60000")),
     ) as service:
         with app_in(short_dir / "app", payload_binary_name="x") as app:
             with pytest.raises(IllegalArgumentError, match="of no use"):
                 await service.create_vm(app, hangup_detection=False, hangup_timeout=5)
-            vm = await started(await service.create_vm(app), driver)
-            died = await vm.wait()
+            async with await service.create_vm(app, hangup_timeout=1) as vm:
+                with anyio.fail_after(30):
+                    with suppress(StartFailedError):  # on a very busy machine it hangs up even before
+                        await vm.start()
+                    died = await vm.wait()
             assert died is not None
             assert died.reason is DeathReason.HANGUP
 

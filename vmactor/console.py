@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -33,10 +34,55 @@ FAILURE_CAP: Final = 4 * 1024
 FAILURE_TAIL: Final = 64 * 1024
 STDERR_TAIL: Final = 4 * 1024
 
+LINE_MAX: Final = 1024
+"""Bytes of a line that are forwarded; the rest of a longer one is not."""
+LINES_AT_ONCE: Final = 256
+"""Lines of one piece of text that are forwarded, so that a flood of them does not hold up the event loop."""
+
 _READ_SIZE: Final = 65536
 _PENDING_MAX: Final = 4 * _READ_SIZE
 
 _log = get_logger()
+
+
+class Lines:
+    """Cuts text into lines, of which it never keeps more than a bound.
+
+    Args:
+        tell: Called with each line, without its end and cut to ``LINE_MAX``.
+        cap: How many bytes are looked at; what comes later is passed over.
+    """
+
+    def __init__(self, tell: Callable[[bytes], None], cap: int) -> None:
+        self._tell = tell
+        self._left = cap
+        self._begun = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Tell the lines that end in this piece."""
+        data = data[: self._left]
+        self._left -= len(data)
+        first, *rest = data.split(b"\n")
+        self._keep(first)
+        for piece in rest[:LINES_AT_ONCE]:
+            self._end()
+            self._keep(piece)
+        if len(rest) > LINES_AT_ONCE:
+            self._begun.clear()
+            self._tell(b"(%d lines left out: too many at once)" % (len(rest) - LINES_AT_ONCE))
+            self._keep(rest[-1])
+
+    def close(self) -> None:
+        """Tell the last line, if it did not end."""
+        if self._begun:
+            self._end()
+
+    def _keep(self, piece: bytes) -> None:
+        self._begun += piece[: LINE_MAX - len(self._begun)]
+
+    def _end(self) -> None:
+        self._tell(bytes(self._begun.removesuffix(b"\r")))
+        self._begun.clear()
 
 
 class Drain:
@@ -51,17 +97,21 @@ class Drain:
             on a duplicate and leaves its flags alone.
         sink_cap: How many bytes the sink gets at most.
         tail: How many bytes to keep in memory.
+        lines: Gets the text, too.
 
     Attributes:
         total: Bytes read so far.
     """
 
-    def __init__(self, read_fd: int, *, sink: int | None, sink_cap: int, tail: int) -> None:
+    def __init__(
+        self, read_fd: int, *, sink: int | None, sink_cap: int, tail: int, lines: Lines | None = None
+    ) -> None:
         os.set_blocking(read_fd, False)
         self.total = 0
         self._read_fd = read_fd
         self._tail = bytearray()
         self._tail_size = tail
+        self._lines = lines
         self._sink = _Sink(sink, sink_cap)
         self._ended = False
         self._stopped: Moment | None = None
@@ -108,6 +158,8 @@ class Drain:
                         await self._step()
         finally:
             self._sink.close()
+            if self._lines is not None:
+                self._lines.close()
             self._reading = self._flushing = self._stopped = None
             stopped.set()
 
@@ -169,6 +221,8 @@ class Drain:
         if len(self._tail) > self._tail_size + _READ_SIZE:
             del self._tail[: len(self._tail) - self._tail_size]
         self._sink.offer(data)
+        if self._lines is not None:
+            self._lines.feed(data)
         return len(data)
 
     def _end(self) -> None:

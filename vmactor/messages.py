@@ -323,6 +323,7 @@ class Created(Event):
         config_type: ``RawConfig`` or ``AppConfig``.
         cpus: Virtual processors.
         memory_mib: Memory as configured; 0 if that was left to the VMM or to the guest's configuration.
+        apexes: The APEXes that an app's payload asks for, joined by colons, or that they cannot be read.
     """
 
     kind = "created"
@@ -331,6 +332,7 @@ class Created(Event):
     config_type: str = "RawConfig"
     cpus: int = 1
     memory_mib: int = 0
+    apexes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,6 +348,7 @@ class CreationFailed(Event):
         config_type: The same.
         cpus: The same.
         memory_mib: The same.
+        apexes: The same.
     """
 
     kind = "creation_failed"
@@ -357,6 +360,7 @@ class CreationFailed(Event):
     config_type: str = "RawConfig"
     cpus: int = 1
     memory_mib: int = 0
+    apexes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from anyio.abc import TaskStatus
 from vmactor import usage
 from vmactor.actors.vocabulary import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
 from vmactor.config import RawConfig
-from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain
+from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain, Lines
 from vmactor.errors import (
     DeadlineExceededError,
     IllegalStateError,
@@ -33,6 +33,7 @@ from vmactor.log import get_logger
 from vmactor.messages import DeathReason
 from vmactor.process import UNKNOWN, Process
 from vmactor.state_dir import sockets_of
+from vmactor.text import escape_bytes
 from vmactor.usage import CpuTime, Memory, Usage
 from vmactor.vhost_device_vsock import VhostDeviceVsock
 from vmactor.vmm.driver import (
@@ -63,11 +64,19 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Sinks:
-    """Where a caller wants the guest's output, as descriptors, or None."""
+    """Where a caller wants the guest's output, as descriptors, or None.
+
+    Attributes:
+        console: What the guest writes to its console.
+        log: What it writes to its log.
+        ramdump: What it writes when it crashes.
+        to_log: Whether console and log go to our own log where there is no descriptor for them.
+    """
 
     console: int | None = None
     log: int | None = None
     ramdump: int | None = None
+    to_log: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,7 @@ class Run:
         """The supervisor's child; always reports ``RunEnded`` last."""
         task_status.started()
         try:
-            pipes = self._pipes = _Pipes(self._spec.sinks)
+            pipes = self._pipes = _Pipes(self._spec.sinks, self._spec.cid)
         except (OSError, VmactorError) as error:
             exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
             self._post(self.account(VmmExit(UNKNOWN, DeathReason.START_FAILED, str(exhausted))))
@@ -353,15 +362,26 @@ async def _ends(vmm: Vmm) -> bool:
 class _Pipes:
     """The pipes of one run: what the VMM writes, we drain from the first byte to the last."""
 
-    def __init__(self, sinks: Sinks) -> None:
+    def __init__(self, sinks: Sinks, cid: int) -> None:
         self.drains: list[Drain] = []
         self._reads: list[int] = []
         self._writes: list[int] = []
+
+        def lines(what: str, sink: int | None) -> Lines | None:
+            """The reference's form: ``Console(<cid>): <line>``."""
+            if sink is not None or not sinks.to_log:
+                return None
+            return Lines(lambda line: log.info(f"{what}({cid}): {escape_bytes(line)}"), CONSOLE_CAP)
+
         try:
-            self.console, console = self._pipe(sinks.console, CONSOLE_CAP, CONSOLE_TAIL)
+            self.console, console = self._pipe(
+                sinks.console, CONSOLE_CAP, CONSOLE_TAIL, lines("Console", sinks.console)
+            )
             self.failure, failure = self._pipe(None, 0, FAILURE_TAIL)
             self.stderr, stderr = self._pipe(None, 0, STDERR_TAIL)
-            guest_log = None if sinks.log is None else self._pipe(sinks.log, CONSOLE_CAP, 0)[1]
+            guest_log = None
+            if sinks.log is not None or sinks.to_log:
+                guest_log = self._pipe(sinks.log, CONSOLE_CAP, 0, lines("Log", sinks.log))[1]
             ramdump = None if sinks.ramdump is None else self._pipe(sinks.ramdump, RAMDUMP_CAP, 0)[1]
         except BaseException:
             self.close()
@@ -369,11 +389,11 @@ class _Pipes:
         readers = dict(zip(("console", "failure", "stderr"), self._reads, strict=False))
         self.channels = Channels(console, failure, guest_log, ramdump, stderr, readers)
 
-    def _pipe(self, sink: int | None, cap: int, tail: int) -> tuple[Drain, int]:
+    def _pipe(self, sink: int | None, cap: int, tail: int, lines: Lines | None = None) -> tuple[Drain, int]:
         read, write = os.pipe2(os.O_CLOEXEC)
         self._reads.append(read)
         self._writes.append(write)
-        drain = Drain(read, sink=sink, sink_cap=cap, tail=tail)
+        drain = Drain(read, sink=sink, sink_cap=cap, tail=tail, lines=lines)
         self.drains.append(drain)
         return drain, write
 

@@ -64,6 +64,7 @@ from vmactor.messages import (
     VirtualMachineState,
     VmInfo,
 )
+from vmactor.microdroid.payload_config import apexes_for_record
 from vmactor.microdroid.platform import Platform
 from vmactor.microdroid.translate import to_raw_config
 from vmactor.platform_version import Version
@@ -206,7 +207,8 @@ class VirtualizationService:
 
         Args:
             config: What to run. Its descriptors are duplicated; the caller's stay the caller's.
-            console: Descriptor that the guest's console is copied to (up to 64 MiB), duplicated as well.
+            console: Descriptor that the guest's console is copied to (up to 64 MiB), duplicated as well. Of a
+                debuggable app's VM without one, its lines go to the log.
             log: The same for the guest's log (hvc2).
             ramdump: The same for a crash dump (hvc1, up to 4 GiB).
             hangup_detection: Kill the VM if its payload does not report its start in time; without it, that
@@ -243,6 +245,7 @@ class VirtualizationService:
             config_type=type(config).__name__,
             cpus=facts.cpus if facts is not None else 1,
             memory_mib=config.memory_mib or 0,
+            apexes=await self._apexes(config),
         )
         try:
             return await self._create(
@@ -261,6 +264,11 @@ class VirtualizationService:
             self._tell_failure(config, wanted, error)
             raise
 
+    async def _apexes(self, config: RawConfig | AppConfig) -> str:
+        if isinstance(config, RawConfig) or config.config_path is None:
+            return ""
+        return await anyio.to_thread.run_sync(apexes_for_record, config, limiter=self._workers)
+
     def _tell_failure(self, config: RawConfig | AppConfig, wanted: Created, error: VmactorError) -> None:
         failed = CreationFailed(
             error=error.kind,
@@ -271,6 +279,7 @@ class VirtualizationService:
             config_type=wanted.config_type,
             cpus=wanted.cpus,
             memory_mib=wanted.memory_mib,
+            apexes=wanted.apexes,
             name=config.name,
             driver=self._selection.driver.name,
             time=datetime.now(UTC),
@@ -316,7 +325,12 @@ class VirtualizationService:
                 files = await anyio.to_thread.run_sync(self._prepare, own, owned, limiter=self._workers)
             else:
                 files = own
-            sinks = Sinks(*(_duplicate(fd, what, owned) for fd, what in _named_sinks(console, log, ramdump)))
+            sinks = Sinks(
+                console=_duplicate(console, "console", owned),
+                log=_duplicate(log, "log", owned),
+                ramdump=_duplicate(ramdump, "ramdump", owned),
+                to_log=isinstance(config, AppConfig) and config.debuggable,
+            )
             place = await self._places.find(claim, requester)
             spec = RunSpec(
                 config.name,
@@ -661,12 +675,6 @@ class VirtualizationService:
                 f"\trequester_debug_pid: {info.requester_pid}",
             ]
         return "\n".join(lines) + "\n"
-
-
-def _named_sinks(
-    console: int | None, guest_log: int | None, ramdump: int | None
-) -> tuple[tuple[int | None, str], ...]:
-    return (console, "console"), (guest_log, "log"), (ramdump, "ramdump")
 
 
 def _duplicate(fd: int | None, what: str, owned: ExitStack) -> int | None:
