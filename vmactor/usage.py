@@ -66,8 +66,9 @@ class Usage:
 
 
 def measure(pid: int) -> Usage | None:
-    """Both at once, in tenths of a millisecond to some milliseconds, by its memory; None if there is no such process, or it is not ours.
+    """Both at once; None if there is no such process, or it is not ours to look at.
 
+    Takes from tenths of a millisecond to some milliseconds, by the memory of the process.
     May block for as long as the process's memory map is being changed, so not for the event loop's thread.
     """
     began = time.thread_time()
