@@ -170,6 +170,8 @@ vhost-device-vsock  yes  /usr/bin/vhost-device-vsock 0.3.0
 crosvm              no   no crosvm in PATH
                          to have it: build it
 simulated           yes  /usr/bin/simulated
+platform            no   no guest for apps in /apex
+                         to have it: give its directory with --platform to 'run-app'
 
 --vmm auto picks qemu (emulated; platform version 1.0.0) with hybrid vsock:
   - a
@@ -203,7 +205,17 @@ def test_what_was_found_can_be_json(cli: Cli) -> None:
     code, out, err = cli.run("info", "--json")
     assert (code, err) == (0, "")
     (found,) = rows(out)
-    assert set(found) == {"version", "arch", "cpus", "nested", "findings", "wanted", "selected", "error"}
+    assert set(found) == {
+        "version",
+        "arch",
+        "cpus",
+        "nested",
+        "findings",
+        "platform",
+        "wanted",
+        "selected",
+        "error",
+    }
     assert set(found["findings"]) >= {"kvm", "vhost_vsock", "qemu", "crosvm", "vhost_device_vsock"}
     assert json.loads(json.dumps(info.describe(FACTS, "auto"))) == info.describe(FACTS, "auto")
 

@@ -243,6 +243,13 @@ def test_a_class_path_that_cannot_be_had_says_why_and_leaves_no_process(
         place.select_apexes(["{CLASSPATH}"], debuggable=False, prefer_staged=False)
 
 
+def test_the_guests_of_a_platform_are_those_with_all_their_parts(tmp_path: Path) -> None:
+    assert Platform(tmp_path / "none").guests() == []
+    place = make_platform(tmp_path)
+    place.os_config_path("half").write_text("{}")
+    assert place.guests() == ["microdroid"]
+
+
 def test_staged_apexes_are_asked_of_whoever_knows_them(tmp_path: Path) -> None:
     place = make_platform(tmp_path)
     with pytest.raises(ServiceSpecificError, match="Failed to get service when prefer_staged is set"):

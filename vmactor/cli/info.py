@@ -15,6 +15,7 @@ from vmactor.cli.output import BAD, GOOD, brackets, paint, shown, to_json, wants
 from vmactor.cli.stdio import STDOUT, Writer
 from vmactor.errors import VmactorError
 from vmactor.host import Finding, HostFacts, probe
+from vmactor.microdroid.platform import DEFAULT_ROOT, Platform
 from vmactor.vmm.select import select
 
 
@@ -48,6 +49,7 @@ def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
         "cpus": facts.cpus,
         "nested": facts.nested,
         "findings": findings,
+        "platform": {"root": str(DEFAULT_ROOT), "guests": Platform().guests()},
         "wanted": vmm,
         "selected": None,
         "error": None,
@@ -91,6 +93,14 @@ def for_people(found: dict[str, Any], *, colour: bool = False) -> str:
         lines.append(f"{name.replace('_', '-'):<19} {word} {brackets(finding['found'])}")
         if finding["advice"]:
             lines.append(f"{'':<24} to have it: {brackets(finding['advice'])}")
+    guests, root = found["platform"]["guests"], found["platform"]["root"]
+    word = paint(f"{'yes' if guests else 'no':<4}", GOOD if guests else BAD, on=colour)
+    names = ", ".join(shown(name) for name in guests)
+    lines.append(
+        f"{'platform':<19} {word} {names + ' in ' + root if guests else f'no guest for apps in {root}'}"
+    )
+    if not guests:
+        lines.append(f"{'':<24} to have it: give its directory with --platform to 'run-app'")
     lines.append("")
     selected = found["selected"]
     if selected is None:

@@ -59,6 +59,16 @@ class Platform:
         """The raw configuration that a guest begins as."""
         return self.root / "com.android.virt" / "etc" / f"{os_name}.json"
 
+    def guests(self) -> list[str]:
+        """The names of the guests that are there: those with a configuration and an initrd for each level."""
+        found = sorted(path.stem for path in self.os_config_path("*").parent.glob("*.json"))
+        return [
+            name for name in found if all(self._initrd_path(name, level).exists() for level in DebugLevel)
+        ]
+
+    def _initrd_path(self, os_name: str, debug_level: DebugLevel) -> Path:
+        return self.os_config_path(os_name).with_name(f"{os_name}_initrd_{_INITRDS[debug_level]}.img")
+
     def load_os(self, os_name: str) -> RawConfig:
         """Open a guest's own configuration and the files that it names; the caller closes it.
 
@@ -71,8 +81,7 @@ class Platform:
 
     def open_initrd(self, os_name: str, debug_level: DebugLevel, opened: contextlib.ExitStack) -> int:
         """Open the initial RAM disk for a debug level; ``opened`` closes it. Raises as ``load_os``."""
-        kind = _INITRDS[debug_level]
-        path = self.os_config_path(os_name).with_name(f"{os_name}_initrd_{kind}.img")
+        path = self._initrd_path(os_name, debug_level)
         with _of_the_platform("the platform has to have one for each debug level"):
             return open_file(opened, "initrd", path)
 
