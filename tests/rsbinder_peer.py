@@ -29,13 +29,13 @@ def built() -> Path:
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as name:
         # A copy, because cargo writes a lock file beside the manifest, which names where crates came from.
         copy, target = Path(shutil.copytree(SOURCE, Path(name, "source"))), Path(name, "target")
-        at = ["--manifest-path", copy / "Cargo.toml"]
+        at = ["--manifest-path", str(copy / "Cargo.toml")]
         fetch = subprocess.run(
             ["cargo", "fetch", "--quiet", *at], capture_output=True, text=True, check=False
         )
         if fetch.returncode:
             pytest.skip(f"cargo cannot fetch rsbinder: {fetch.stderr.strip()[-300:]}")
-        build = ["nice", "cargo", "build", "--quiet", "--offline", *at, "--target-dir", target]
+        build = ["nice", "cargo", "build", "--quiet", "--offline", *at, "--target-dir", str(target)]
         done = subprocess.run(build, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr
         shutil.move(target / "debug/rsbinder-peer", PROGRAM)
