@@ -1,5 +1,6 @@
 """A bus's streams: filters without calls, ways to overflow, snapshots, replay, and the chain of numbers."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -209,7 +210,7 @@ async def test_publishing_and_waiting_does_not_yield_where_nobody_has_to_be_wait
         assert seqs(roomy) == [(1, 0), (2, 0), (3, 0)]
 
 
-async def test_a_cancelled_publisher_does_not_take_its_event_back_and_leaves_nothing_behind() -> None:
+async def test_a_cancelled_publisher_does_not_take_its_event_back_and_is_waited_for_no_more() -> None:
     bus = make_bus()
     with bus.subscribe(capacity=1, overflow=Overflow.WAIT) as slow:
         async with anyio.create_task_group() as tg:
@@ -218,7 +219,41 @@ async def test_a_cancelled_publisher_does_not_take_its_event_back_and_leaves_not
             await anyio.wait_all_tasks_blocked()
             tg.cancel_scope.cancel()
         assert not slow._publishers
-        assert seqs(slow) == [(1, 0), (2, 0), (3, 0)]
+        assert seqs(slow) == [(2, 2), (3, 0)]
+
+
+async def test_publishers_that_are_cancelled_one_after_the_other_do_not_fill_a_queue() -> None:
+    bus = make_bus()
+    with (
+        bus.subscribe(capacity=2, overflow=Overflow.WAIT) as stuck,
+        bus.subscribe(capacity=5, overflow=Overflow.WAIT) as roomier,
+    ):
+        for _ in range(100):
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await bus.publish_and_wait(Happened())
+        assert (len(stuck._queue), len(roomier._queue)) == (2, 5)
+        assert seqs(stuck) == [(98, 98), (99, 0), (100, 0)]
+
+
+@pytest.mark.virtual_time
+async def test_what_one_publisher_waits_for_is_not_dropped_when_another_is_cancelled() -> None:
+    bus = make_bus()
+    with bus.subscribe(capacity=1, overflow=Overflow.WAIT) as slow:
+        async with anyio.create_task_group() as tg:
+            await bus.publish_and_wait(Happened())
+            with anyio.move_on_after(1):
+                tg.start_soon(bus.publish_and_wait, Happened())
+                await anyio.lowlevel.checkpoint()
+                await bus.publish_and_wait(Happened())
+            # One still waits: one more than there is room for.
+            assert seqs(slow) == [(1, 1), (2, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("patience", [-1.0, math.nan])
+async def test_a_patience_that_is_none_is_refused(patience: float) -> None:
+    with pytest.raises(ValueError, match="patience"):
+        make_bus().subscribe(patience=patience)
 
 
 @pytest.mark.virtual_time

@@ -132,8 +132,9 @@ class Bus(Generic[E]):
         """Publish an event, then wait until all subscribers that asked for it (``Overflow.WAIT``) have room.
 
         The event is published, and everybody else has it, before the wait; a cancellation does not take it
-        back. A subscriber that has no room within its patience is disconnected. Does not yield if nobody has
-        to be waited for.
+        back, but ends the wait: where more is queued than others still wait for, the oldest events go. A
+        subscriber that has no room within its patience is disconnected. Does not yield if nobody has to be
+        waited for.
 
         Raises:
             Exception: As for ``publish``.
@@ -142,8 +143,12 @@ class Bus(Generic[E]):
         event = self._publish(event, crowded)
         if crowded:
             now = anyio.current_time()
-            for subscription in crowded:
-                await subscription.wait_for_room(now)
+            try:
+                for subscription in crowded:
+                    await subscription.wait_for_room(now)
+            finally:
+                for subscription in crowded:
+                    subscription.no_longer_awaited()
         return event
 
     def _publish(self, event: E, crowded: list[Subscription[E]] | None) -> E:
@@ -212,7 +217,8 @@ class Bus(Generic[E]):
                 dropped.
 
         Raises:
-            ValueError: The capacity is below 1, or the stream is to begin in several ways.
+            ValueError: The capacity is below 1, the patience is below 0 or not a number, or the stream is to
+                begin in several ways.
             IllegalStateError: This bus keeps no history, or makes no snapshots.
             IllegalArgumentError: No event of this bus has the number ``after`` yet.
             Exception: What the bus's ``snapshot`` raised.

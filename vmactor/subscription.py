@@ -57,7 +57,7 @@ class Choice(Generic[E]):
     """What a subscriber asked for; see ``Bus.subscribe``.
 
     Raises:
-        ValueError: The capacity is below 1.
+        ValueError: The capacity is below 1, or the patience is negative or not a number.
     """
 
     wants: Callable[[E], bool] | None
@@ -71,6 +71,8 @@ class Choice(Generic[E]):
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError("a subscriber needs room for one event at least")
+        if not self.patience >= 0:
+            raise ValueError(f"a patience of {self.patience} s cannot be: give 0 or more, or infinity")
 
 
 class Subscription(Generic[E]):
@@ -84,9 +86,9 @@ class Subscription(Generic[E]):
     """
 
     __slots__ = (
-        "_asleep", "_burst", "_closed", "_error", "_forget", "_gap_last", "_gap_missed", "_gap_previous",
-        "_gap_seq", "_head", "_last", "_limit", "_new_waiter", "_publishers", "_queue", "_reading", "_terms",
-        "choice", "missed",
+        "_asleep", "_awaited", "_burst", "_closed", "_error", "_forget", "_gap_last", "_gap_missed",
+        "_gap_previous", "_gap_seq", "_head", "_last", "_limit", "_new_waiter", "_publishers", "_queue",
+        "_reading", "_terms", "choice", "missed",
     )  # fmt: skip
 
     def __init__(
@@ -110,6 +112,7 @@ class Subscription(Generic[E]):
         self._reading = False
         self._asleep: Waiter | None = None
         self._publishers: list[Waiter] = []
+        self._awaited = 0  # how many have published more than there is room for, and wait
         self._burst = 0
         self._error: Exception | None = None
         self._closed = False
@@ -264,19 +267,29 @@ class Subscription(Generic[E]):
             if in_vain:
                 self._disconnect()
 
+    def no_longer_awaited(self) -> None:
+        """A publisher waits no more, maybe because it was cancelled: queue no more than others wait for."""
+        self._awaited -= 1
+        while not self._closed and len(self._queue) > self._limit + self._awaited:
+            self._drop_oldest()
+
     def _make_room(self, crowded: "list[Subscription[E]] | None") -> bool:
         if self.choice.overflow is Overflow.DISCONNECT:
             self._disconnect()
             return False
         if self.choice.overflow is Overflow.WAIT and crowded is not None:
             crowded.append(self)  # one more than there is room for, for each who waits
+            self._awaited += 1
             return True
+        self._drop_oldest()
+        return True
+
+    def _drop_oldest(self) -> None:
         self._gap_last, previous = self._queue.popleft()
         if not self._gap_missed:
             self._gap_previous = previous
         self._gap_missed += 1
         self.missed += 1
-        return True
 
     def _disconnect(self) -> None:
         waiting = len(self._queue)
