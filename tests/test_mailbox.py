@@ -18,7 +18,13 @@ from trio.testing import MockClock
 from bench.bench_runtime import bytes_each, idle_actors, used_actors
 from bench.runtime_peers import idle_anyio_tasks
 from tests.virtual_time import VirtualTimeLoop
-from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
+from vmactor.errors import (
+    ActorDiedError,
+    DeadlineExceededError,
+    IllegalArgumentError,
+    IllegalStateError,
+    MailboxFullError,
+)
 from vmactor.mailbox import BURST, CONTROL_CAPACITY, Mailbox
 from vmactor.request import Request
 
@@ -478,6 +484,13 @@ async def test_an_actor_that_was_used_wakes_up_once_at_most_and_never_again(anyi
         assert await seconds_to_next_wake_up(anyio_backend_name) == math.inf
         assert await mailbox.ask(Double(1), timeout=60) == 2
         tg.cancel_scope.cancel()
+
+
+async def test_a_deadline_that_is_no_number_is_refused_and_upsets_no_other() -> None:
+    mailbox: Mailbox[Double] = Mailbox("actor")
+    with pytest.raises(IllegalArgumentError, match="infinity"):
+        await mailbox.ask(Double(1), timeout=math.nan)
+    assert len(mailbox) == 0
 
 
 @pytest.mark.virtual_time

@@ -15,7 +15,13 @@ from typing import Any, Final, Generic, TypeVar
 
 import anyio.lowlevel
 
-from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalStateError, MailboxFullError
+from vmactor.errors import (
+    ActorDiedError,
+    DeadlineExceededError,
+    IllegalArgumentError,
+    IllegalStateError,
+    MailboxFullError,
+)
 from vmactor.request import Request
 from vmactor.waiting import Deadlines, Waiter, expire, waiter_type, wake
 
@@ -195,16 +201,19 @@ class Mailbox(Generic[M]):
 
         Args:
             message: The request.
-            timeout: Seconds for everything: room in the mailbox, the work, the reply. A reply that is there
-                counts, however late its asker gets to run.
+            timeout: Seconds for everything: room in the mailbox, the work, the reply; infinity is allowed. A
+                reply that is there counts, however late its asker gets to run.
             control: Use the lane that overtakes ordinary messages.
 
         Raises:
             DeadlineExceededError: No reply in time. A request that was accepted may still be carried out.
             MailboxFullError: The control lane is full; the request was not accepted.
+            IllegalArgumentError: The timeout is not a number.
             ActorDiedError: The actor ended, or had ended, without replying.
             Exception: Whatever the actor answered as its error.
         """
+        if timeout != timeout:  # noqa: PLR0124 - not a number: no deadline, and it would upset all others'
+            raise IllegalArgumentError(f"{timeout} s is no time to wait: give seconds, or infinity")
         waiter = (self._new_waiter or self._learn_loop())()
         reply = Reply(message, waiter)
         if control:
