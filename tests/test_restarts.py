@@ -26,6 +26,16 @@ def test_a_limit_is_exceeded_exactly_when_more_failures_than_its_intensity_fall_
             break
 
 
+def test_a_failure_counts_up_to_and_at_the_end_of_its_period() -> None:
+    def borne(later: float) -> bool:
+        history = RestartHistory(RestartLimit(1, 5.0))
+        assert history.bears(Failure(10.0, "a", None))
+        return history.bears(Failure(10.0 + later, "a", None))
+
+    assert not borne(5.0)
+    assert borne(math.nextafter(5.0, math.inf) + 1e-9)
+
+
 BACKOFFS = st.builds(
     Backoff,
     initial=st.floats(0, 10),

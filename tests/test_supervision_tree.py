@@ -171,6 +171,19 @@ async def test_the_tree_is_ready_for_json() -> None:
     assert child["supervisors"][0]["children"][0]["name"] == "leaf"
 
 
+async def test_a_detail_that_cannot_be_shown_leaves_the_rest_of_the_tree_to_be_seen() -> None:
+    class Mute:
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    async with Supervisor("house") as supervisor:
+        for name, told in [("a", {"what": Mute()}), ("b", {"depth": 3})]:
+            await supervisor.start(name, Kid([], name), details=lambda told=told: told)  # type: ignore[misc]
+        a, b = supervisor.tree().children
+        assert a.details == {"error": "RuntimeError: no words"}
+        assert b.details == {"depth": 3}
+
+
 async def test_an_error_is_kept_as_short_text_and_one_that_has_none_does_no_harm() -> None:
     class MuteError(Exception):
         def __str__(self) -> str:

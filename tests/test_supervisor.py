@@ -574,7 +574,7 @@ async def test_an_exception_of_the_body_wins_over_an_escalation_and_notes_it() -
                 await anyio.sleep_forever()
             finally:
                 raise KeyError("in the body's own clean-up")
-    assert caught.value.__notes__ == ["app: child a failed: OSError('it broke')"]
+    assert caught.value.__notes__ == ["app: child a failed: OSError: it broke"]
 
 
 @pytest.mark.virtual_time
@@ -670,3 +670,36 @@ async def test_the_program_goes_on_as_usual_after_a_supervisor() -> None:
         with anyio.move_on_after(1) as scope:
             await anyio.sleep_forever()
         assert scope.cancelled_caught
+
+
+class MuteError(Exception):
+    """An error of somebody who made a mistake in it."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+    __str__ = __repr__
+
+
+async def test_an_error_that_cannot_be_shown_takes_no_other_errors_place() -> None:
+    async def child(*, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        await anyio.lowlevel.checkpoint()
+        raise MuteError
+
+    def decide(_ended: ChildExit) -> Decision:
+        raise LookupError("undecided")
+
+    with pytest.raises(ChildFailedError) as caught:
+        async with Supervisor("app", decide) as supervisor:
+            await supervisor.start("child", child)
+            await anyio.sleep_forever()
+    assert isinstance(caught.value.__cause__, LookupError)
+    with pytest.raises(OSError, match="of the body") as body:
+        async with Supervisor("app") as supervisor:
+            await supervisor.start("child", child)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise OSError("of the body")
+    assert body.value.__notes__ == ["app: child child failed: MuteError: (it has no text)"]

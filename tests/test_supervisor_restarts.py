@@ -426,6 +426,30 @@ async def test_a_start_that_is_cancelled_adds_no_permanent_child_either() -> Non
         assert house.states() == {}
 
 
+@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("restart", [Restart.PERMANENT, Restart.TRANSIENT])
+async def test_a_start_that_is_cancelled_as_its_child_falls_does_not_bring_it_back(
+    strategy: Strategy, restart: Restart
+) -> None:
+    house = House(strategy=strategy)
+    runs = 0
+
+    async def child(*, task_status: TaskStatus[None]) -> None:
+        nonlocal runs
+        runs += 1
+        scope.cancel()
+        task_status.started()
+        raise ValueError
+
+    async with house.supervisor as supervisor:
+        with anyio.CancelScope() as scope:
+            await supervisor.start("a", child, restart=restart)
+        assert house.states() == {}
+        await house.logged()
+        assert (house.states(), runs) == ({}, 1)
+        await house.add("a")
+
+
 async def test_a_name_is_taken_as_long_as_the_child_is_kept() -> None:
     house = House()
     async with house.supervisor as supervisor:
@@ -765,9 +789,9 @@ async def test_a_child_that_begins_to_serve_as_a_sibling_falls_is_started_again_
         assert log.count("a+") == 1
 
 
-@pytest.mark.parametrize("in_a_task_of_its_own", [False, True])
+@pytest.mark.parametrize("how", ["itself", "in a task of its own", "by a child of its own"])
 async def test_a_child_cannot_start_others_while_it_is_itself_restarted_together_with_them(
-    in_a_task_of_its_own: bool,
+    how: str,
 ) -> None:
     house = House(strategy=Strategy.ONE_FOR_ALL)
     refused: list[Exception] = []
@@ -778,12 +802,20 @@ async def test_a_child_cannot_start_others_while_it_is_itself_restarted_together
         except IllegalStateError as error:
             refused.append(error)
 
+    async def assistant(*, task_status: TaskStatus[None]) -> None:
+        await start_another()
+        task_status.started()
+
     async def parent(*, task_status: TaskStatus[int]) -> None:
-        if in_a_task_of_its_own:
-            async with anyio.create_task_group() as tg:
-                tg.start_soon(start_another)
-        else:
-            await start_another()
+        match how:
+            case "itself":
+                await start_another()
+            case "in a task of its own":
+                async with anyio.create_task_group() as tg:
+                    tg.start_soon(start_another)
+            case _:
+                async with Supervisor("office") as office:
+                    await office.start("assistant", assistant)
         await Kid(house.log, "p")(task_status=task_status)
 
     async with house.supervisor:
@@ -838,6 +870,23 @@ async def test_an_escalation_ends_the_restarts_of_others() -> None:
                 with anyio.CancelScope(shield=True):
                     await anyio.sleep(100)
     assert a.runs == 1
+
+
+async def test_nothing_waits_to_be_restarted_once_a_supervisor_escalates() -> None:
+    house = House(strategy=Strategy.ONE_FOR_ALL)
+    with pytest.raises(ChildFailedError, match="x"):
+        async with house.supervisor as supervisor, anyio.create_task_group() as tg:
+            [a] = await house.add("a")
+            [x] = await house.add("x", Restart.TEMPORARY)
+            with anyio.CancelScope(shield=True):
+                tg.start_soon(partial(supervisor.start, "b", Kid(house.log, "b", ["hang"])))
+                await house.logged()
+                a.fail()  # its restart waits for the start under way
+                await house.logged()
+                assert house.states()["a"] == "restarting"
+                x.fail()
+                assert "a+" not in await house.logged()
+                assert house.states() == {"a": "stopped"}
 
 
 async def test_a_failure_while_it_is_stopped_for_good_is_a_decision_for_any_child() -> None:

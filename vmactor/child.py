@@ -5,7 +5,7 @@ that nothing else reaches it: no cancellation of the code around its supervisor,
 """
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -69,6 +69,14 @@ def host() -> "ChildTask | None":
     return _host.get(None)
 
 
+def hosts() -> "Iterator[ChildTask]":
+    """That child, the one within whose task its supervisor is, and so on upwards."""
+    task = host()
+    while task is not None:
+        yield task
+        task = task.above
+
+
 class ChildTask:
     """One run of a child; also the ``task_status`` that the child is given.
 
@@ -81,6 +89,7 @@ class ChildTask:
         value: What it gave to ``started()``.
         error: The exception that ended it.
         supervisors: Those that it runs.
+        above: The child within whose task its supervisor is, if any.
     """
 
     __slots__ = (
@@ -88,6 +97,7 @@ class ChildTask:
         "_on_serving",
         "_scope",
         "_task",
+        "above",
         "ended",
         "error",
         "settled",
@@ -109,6 +119,7 @@ class ChildTask:
         self.value: Any = None
         self.error: Exception | None = None
         self.supervisors: list[HasTree] = []
+        self.above: ChildTask | None = None
         self._on_serving = on_serving
         # The shield keeps away every cancellation but its own.
         self._scope = anyio.CancelScope(shield=True)
@@ -137,6 +148,7 @@ class ChildTask:
     async def run(self) -> None:
         """The task: run the child and keep what ended it. Whoever started the task sets the events."""
         self._task = anyio.get_current_task().id
+        self.above = host()
         _host.set(self)
         try:
             with self._scope:
@@ -267,13 +279,12 @@ class Child:
         if self.spec.details is None:
             return {}
         try:
-            told = dict(self.spec.details())
+            return {
+                str(name): value if isinstance(value, str | int | float | None) else repr(value)
+                for name, value in self.spec.details().items()
+            }
         except Exception as error:  # one actor's fault leaves the rest of the tree to be seen
             return {"error": error_text(error)}
-        return {
-            str(name): value if isinstance(value, str | int | float | None) else repr(value)
-            for name, value in told.items()
-        }
 
 
 def error_text(error: BaseException) -> str:

@@ -33,6 +33,7 @@ from vmactor.child import (
     ChildTask,
     error_text,
     host,
+    hosts,
     stop_together,
 )
 from vmactor.errors import IllegalStateError
@@ -145,7 +146,8 @@ class Supervisor:
         if self._failure is not None:
             if value is None or swallowed or isinstance(value, anyio.get_cancelled_exc_class()):
                 raise self._failure
-            value.add_note(f"{self._failure}: {self._failure.__cause__!r}")
+            cause = self._failure.__cause__
+            value.add_note(f"{self._failure}: {'it returned' if cause is None else error_text(cause)}")
         return swallowed
 
     # -- Looking ---------------------------------------------------------------------------------
@@ -270,11 +272,9 @@ class Supervisor:
     async def _ready_to_start(self) -> None:
         self._check_open()
         while (together := self._restarters.get(None)) is not None and together.task is not None:
-            caller = host()
+            callers = tuple(hosts())
             for child in self._children.values():
-                if (
-                    child.due and child.task is not None and child.task is caller
-                ):  # they would wait for each other
+                if child.due and child.task in callers:  # they would wait for each other
                     raise IllegalStateError(
                         f"{self.name}: child {child.spec.name} cannot start others while it is restarted; "
                         "let it serve first"
@@ -297,6 +297,8 @@ class Supervisor:
             with anyio.CancelScope(shield=True):
                 child.withdrawn = new
                 await task.cancel()
+                if self._children.get(child.spec.name) is child:  # it fell meanwhile, and is to come back
+                    await self.stop(child.spec.name)
             if task.error is not None and not task.serves:
                 raise task.error  # noqa: B904 - its own cause must stay
             raise
@@ -325,10 +327,8 @@ class Supervisor:
         finally:
             child.task = None
             comes_back = self._comes_back(child, task)
-            if not comes_back:
-                child.due = False
-                if not self._keeps(child):
-                    self._forget(child)
+            if not comes_back and not self._keeps(child):
+                self._forget(child)
             # All this without an await, so that the name is free for whoever waited for the end.
             task.settled.set()
             task.ended.set()
@@ -445,7 +445,8 @@ class Supervisor:
         try:
             decision = self._decide(ended)
         except Exception as fault:  # it becomes the escalation's cause
-            fault.add_note(f"while deciding about {ended!r}")
+            how = "returned" if cause is None else f"failed with {error_text(cause)}"
+            fault.add_note(f"while deciding about child {ended.name}, which {how}")
             decision, cause = Decision.ESCALATE, fault
         if decision is Decision.ESCALATE:
             self._escalate(ChildFailedError(self.name, ended.name), cause)
