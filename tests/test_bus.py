@@ -1,5 +1,6 @@
 """The bus: numbers without holes, gaps that add up, and subscribers that harm only themselves."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -209,6 +210,19 @@ async def test_a_filter_that_raises_ends_its_own_subscription_after_what_is_queu
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await anext(own)
+
+
+async def test_a_filter_that_raises_a_cancellation_cancels_neither_its_publisher_nor_its_reader() -> None:
+    bus = make_bus()
+
+    def broken(_event: Happened) -> bool:
+        raise asyncio.CancelledError  # as the result of a cancelled future does
+
+    with bus.subscribe(broken) as own, bus.subscribe() as other:
+        bus.publish(Happened())
+        assert queued(other) == [(1, 0)]
+        with pytest.raises(RuntimeError, match="the filter raised CancelledError"):
+            await anext(own)
 
 
 async def test_a_filter_that_raises_wakes_its_waiting_reader() -> None:

@@ -234,8 +234,13 @@ class Subscription(Generic[E]):
         if wants is not None:
             try:
                 wanted = wants(event)
-            except Exception as error:  # the subscriber's own affair; it is raised in its task
-                self._end(error)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # the subscriber's own affair; it is raised in its task
+                if isinstance(error, Exception):
+                    self._end(error)
+                else:  # a cancellation that belongs to nobody, say
+                    self._end(RuntimeError(f"the filter raised {type(error).__name__}"))
                 return
             if not wanted or self._closed:  # the filter may have closed it
                 return
