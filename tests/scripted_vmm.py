@@ -28,7 +28,7 @@ from vmactor.messages import (
     VmInfo,
 )
 from vmactor.process import ExitStatus
-from vmactor.vmm.driver import Launch, VmmExit
+from vmactor.vmm.driver import Footprint, Launch, VmmExit
 from vmactor.vsock import HybridVsockTransport
 
 
@@ -151,6 +151,8 @@ class ScriptedDriver:
     platform_version = "1.0.0"
     emulated = False
 
+    boot_seconds = 0.0
+
     def __init__(self) -> None:
         self.vmms: list[ScriptedVmm] = []
         self.spawned = anyio.Event()
@@ -163,6 +165,9 @@ class ScriptedDriver:
     def vmm(self) -> ScriptedVmm:
         """The last one spawned."""
         return self.vmms[-1]
+
+    def footprint(self, config: RawConfig) -> Footprint:
+        return Footprint(1, 1, 1 << 20, 0, self.boot_seconds)
 
     def validate(self, config: RawConfig) -> None:
         """Accept everything."""

@@ -14,6 +14,8 @@ from vmactor.actors.vocabulary import (
     Answer,
     ArmHangup,
     AskToStop,
+    BootBegins,
+    BootWaits,
     Clear,
     ControlDone,
     DropControl,
@@ -647,7 +649,26 @@ def test_a_policy_that_never_restarts_is_refused() -> None:
         RestartPolicy(when=Restart.TEMPORARY)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_payloads_time_to_report_begins_when_its_turn_to_boot_has_come(phase: str) -> None:
+    life = PHASES[phase]
+    waits, first = transition(life, BootWaits(life.generation))
+    begins, then = transition(waits, BootBegins(life.generation))
+    assert begins == life
+    if phase == "starting":
+        assert waits == replace(life, queued=True)
+        assert (kinds(first), kinds(then)) == (["DisarmHangup"], ["ArmHangup"])
+        unwatched = transition(replace(life, hangup_timeout=None), BootWaits(1))
+        assert unwatched == (replace(life, hangup_timeout=None, queued=True), [])
+        ended, _ = transition(waits, ENDED)
+        assert not ended.queued
+    else:
+        assert (waits, first, then) == (life, [], [])
+
+
 STALE: list[Message] = [
+    BootWaits(1),
+    BootBegins(1),
     GuestReported(1, NotifyPayloadStarted()),
     VmmSpawned(1, 5),
     VmmRunning(1),
@@ -680,6 +701,8 @@ ANYTHING: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([Start(), Stop(), PRESS, EXIT, Release(), Suspend(), Resume()]),
     st.builds(StopRefused, GENERATIONS, st.sampled_from(StopRung), st.just(VmmError("no"))),
     st.builds(Unpaused, GENERATIONS),
+    st.builds(BootWaits, GENERATIONS),
+    st.builds(BootBegins, GENERATIONS),
     st.builds(VmmSpawned, GENERATIONS, st.just(7)),
     st.builds(VmmRunning, GENERATIONS),
     st.builds(VmmGone, GENERATIONS),

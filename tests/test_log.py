@@ -11,6 +11,8 @@ from vmactor.log import get_logger
 @pytest.fixture
 def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structlog, "is_configured", lambda: False)
+    # Whoever configures the standard library's logging, as import-linter does, disables what was there.
+    monkeypatch.setattr(logging.getLogger("vmactor"), "disabled", False)
 
 
 @pytest.mark.usefixtures("unconfigured")

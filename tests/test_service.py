@@ -21,6 +21,7 @@ from tests.residue import descriptors
 from tests.scripted_vmm import ScriptedDriver, ScriptedHelper
 from tests.test_guest_binder import TOKEN, BinderGuest
 from vmactor.actors import monitor
+from vmactor.actors.admission import AdmissionPolicy
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.records import DELAY
@@ -536,6 +537,9 @@ async def test_a_helper_that_survives_its_kill_keeps_directory_and_cid_as_long_a
 
 # -- Out of something ----------------------------------------------------------------------------------
 
+UNCHECKED = AdmissionPolicy(checked=False)
+"""So that what the kernel refuses is met where it is refused."""
+
 
 @contextmanager
 def descriptors_left(count: int) -> Iterator[None]:
@@ -556,7 +560,7 @@ async def test_a_creation_that_runs_out_of_descriptors_says_so_and_leaves_nothin
     short_dir: Path, config: RawConfig, tmp_path: Path, count: int
 ) -> None:
     with (tmp_path / "console").open("wb") as console:
-        async with service_in(short_dir) as service:
+        async with service_in(short_dir, admission=UNCHECKED) as service:
             vm = failure = None
             with descriptors_left(count):
                 try:
@@ -580,7 +584,7 @@ async def test_a_start_that_runs_out_of_descriptors_says_so_and_leaves_nothing(
     short_dir: Path, config: RawConfig, count: int
 ) -> None:
     driver = ScriptedDriver()
-    async with service_in(short_dir, driver) as service:
+    async with service_in(short_dir, driver, admission=UNCHECKED) as service:
         with service.subscribe() as events:
             vm = await service.create_vm(config)
             failure = None

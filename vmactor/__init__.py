@@ -12,6 +12,7 @@
 Everything that users need is here; modules below are details.
 """
 
+from vmactor.actors.admission import AdmissionPolicy
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.restart_policy import RestartPolicy
@@ -24,6 +25,7 @@ from vmactor.config_file import load_config
 from vmactor.errors import (
     ActorDiedError,
     ApkError,
+    CapacityExceededError,
     DeadlineExceededError,
     IllegalArgumentError,
     IllegalStateError,
@@ -96,9 +98,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActorDiedError",
+    "AdmissionPolicy",
     "ApkError",
     "AppConfig",
     "Backoff",
+    "CapacityExceededError",
     "CpuTime",
     "CpuTopology",
     "Created",

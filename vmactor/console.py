@@ -25,7 +25,7 @@ import anyio
 import anyio.lowlevel
 
 from vmactor.log import get_logger
-from vmactor.waiting import Moment
+from vmactor.waiting import Moment, readable
 
 CONSOLE_TAIL: Final = 16 * 1024
 """Bytes of a console's end that are kept for people."""
@@ -191,7 +191,7 @@ class Drain:
     async def _step(self) -> None:
         """Wait for work and do a bounded piece of it; the wait gives everybody else a turn."""
         if not self._sink.pending:
-            await anyio.wait_readable(self._read_fd)
+            await readable(self._read_fd)
             self._read()
             return
         for fd in await self._sink.wait():
@@ -284,7 +284,7 @@ class _Sink:
         """Wait until the sink has room or the pipe has text; which of the descriptors it is."""
         if self._epoll is None:
             raise AssertionError("only a sink that can be watched has anything pending")
-        await anyio.wait_readable(self._epoll.fileno())
+        await readable(self._epoll.fileno())
         return [fd for fd, _events in self._epoll.poll(0)]
 
     def write(self) -> None:

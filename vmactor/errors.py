@@ -22,12 +22,14 @@
          +- LabelError                the label of a file does not allow to give it to a VM
          +- VsockError                no such listener in the guest, helper gone, guest not up yet
          +- ResourceExhaustedError    out of CIDs, descriptors, processes, space; names the limit
+             +- CapacityExceededError   the same, foreseen: a VM was not accepted, or not started
 
 ``kind`` is the reference's name (binder exception codes in ``CODES``), stable for clients in any language.
 A message says what to do next; causes are chained (``raise ... from``), and unlike in the reference a failed
 start tells its cause in the message (docs/differences.md).
 """
 
+import errno
 from typing import ClassVar, Final
 
 CODES: Final = {
@@ -189,3 +191,43 @@ class VsockError(ServiceSpecificError):
 
 class ResourceExhaustedError(ServiceSpecificError):
     """The host ran out of something; the message names the limit and what to set."""
+
+
+class CapacityExceededError(ResourceExhaustedError):
+    """The host has no room for one more VM; nothing was begun, and it may be tried again later.
+
+    Attributes:
+        resource: What there is too little of, e.g. ``DESCRIPTORS`` (names of ``vmactor.limits.Resource``).
+        limit: How much there can be.
+        used: What is taken of it, or promised to VMs.
+        needed: What the VM needs beside that; 0 at a start, where it was promised already.
+        advice: What to set or do; it ends the message.
+    """
+
+    def __init__(
+        self, message: str, *, resource: str, limit: int, used: int, needed: int, advice: str
+    ) -> None:
+        super().__init__(message)
+        self.resource = resource
+        self.limit = limit
+        self.used = used
+        self.needed = needed
+        self.advice = advice
+
+
+def hint(error: OSError) -> str:
+    """What to do about an error of the system; empty where the error says it all."""
+    match error.errno:
+        case errno.EMFILE:
+            return "; raise this process's limit of open files (ulimit -n, LimitNOFILE=)"
+        case errno.ENFILE:
+            return "; raise the host's limit of open files (sysctl fs.file-max)"
+        case errno.EAGAIN | errno.ENOMEM | errno.ENOBUFS:
+            return (
+                "; the limit of processes or memory is reached: stop some, or raise it (ulimit -u, TasksMax=)"
+            )
+        case errno.ENOSPC | errno.EDQUOT:
+            return "; make room there"
+        case errno.ENOLCK:
+            return "; the limit of locks or memory is reached: stop some programs, or raise it (ulimit -x)"
+    return ""

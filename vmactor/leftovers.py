@@ -43,6 +43,7 @@ from vmactor.log import get_logger
 from vmactor.messages import Event, Orphaned, Reaped
 from vmactor.process import start_time_of
 from vmactor.state_dir import StateDirectory
+from vmactor.waiting import readable
 
 KILL_SECONDS: Final = 10.0
 """How long a killed process may take to end before it counts as a survivor."""
@@ -191,7 +192,7 @@ async def _end(leftover: Leftover) -> tuple[str, dict[str, str]]:
         with anyio.move_on_after(KILL_SECONDS):
             for judged in leftover.living:
                 assert judged.pidfd is not None  # noqa: S101 - it is ours
-                await anyio.wait_readable(judged.pidfd)
+                await readable(judged.pidfd)
         if survivors := [judged for judged in leftover.living if not _ended(judged.pidfd)]:
             return f"{survivors[0].role} (process {survivors[0].pid}) survived its kill", {}
         for drain in channels.values():

@@ -7,6 +7,7 @@ configuration only warnings and errors are seen, on standard error.
 """
 
 import logging
+from contextlib import suppress
 from typing import Any, Final
 
 import structlog
@@ -45,7 +46,8 @@ class Logger:
 
     def _line(self, level: str, number: int, event: str, values: dict[str, Any]) -> None:
         if structlog.is_configured():
-            getattr(structlog.get_logger("vmactor"), level)(event, **self._bound, **values)
+            with suppress(OSError):  # the disk of the log is full, say: what is logged goes on all the same
+                getattr(structlog.get_logger("vmactor"), level)(event, **self._bound, **values)
         elif _standard.isEnabledFor(number):
             error = values.pop("exc_info", None)
             values = self._bound | values

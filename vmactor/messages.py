@@ -672,6 +672,7 @@ class VmInfo:
         died: How its last run ended, if one has; its terminal event, if it is dead.
         restarts: How often it was started again by itself.
         restart_due: When it will be started again, UTC, while it waits for that.
+        queued: Whether its start waits until fewer VMs are booting.
     """
 
     cid: int
@@ -691,6 +692,7 @@ class VmInfo:
     died: Died | None = field(default=None, compare=False)
     restarts: int = 0
     restart_due: datetime | None = None
+    queued: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as other processes and ``--json`` see it; without ``died``, which is an event."""

@@ -43,7 +43,7 @@ from vmactor.errors import IllegalArgumentError
 from vmactor.log import get_logger
 from vmactor.messages import Requester
 from vmactor.usage import CpuTime, cpu_time
-from vmactor.waiting import Moment
+from vmactor.waiting import Moment, readable
 
 REAP_SECONDS: Final = 10.0
 """How long ``aclose`` waits for a killed process. Only one stuck inside the kernel takes longer."""
@@ -264,7 +264,7 @@ class Process:
         """Return when the status is known."""
         if self._pidfd is not None:
             with suppress(anyio.ClosedResourceError):
-                await anyio.wait_readable(self._pidfd)
+                await readable(self._pidfd)
         # While a debugger holds the process, it has ended for the pidfd but cannot be reaped yet.
         while not self._reap():  # noqa: ASYNC110 - the kernel has no event for that
             await anyio.sleep(_REAP_RETRY_SECONDS)

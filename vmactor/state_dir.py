@@ -28,7 +28,7 @@ from typing import Any, Final, Self
 
 from vmactor import ledger
 from vmactor.cid import FIRST, LAST, CidPool
-from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, SecurityError
+from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, SecurityError, hint
 from vmactor.ledger import Ledger
 from vmactor.log import get_logger
 from vmactor.messages import Requester
@@ -125,8 +125,7 @@ class StateDirectory:
                 self.remove_vm_directory(cid)
                 raise
         except OSError as error:
-            hint = "; raise 'ulimit -n'" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
-            text = f"cannot make the VM's directory {path}: {error}{hint}"
+            text = f"cannot make the VM's directory {path}: {error}{hint(error)}"
             raise ResourceExhaustedError(text) from error
 
     def make_sockets_directory(self, cid: int, requester: Requester | None) -> Path:

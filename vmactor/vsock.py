@@ -35,6 +35,7 @@ from vmactor.errors import (
 from vmactor.log import get_logger
 from vmactor.messages import Requester
 from vmactor.process import is_caller
+from vmactor.waiting import readable, writable
 
 FIRST_UNPRIVILEGED_PORT: Final = 1024
 MAX_PORT: Final = 2**32 - 2
@@ -91,11 +92,11 @@ class _Waitable:
         self._check()
 
     async def readable(self) -> None:
-        await anyio.wait_readable(self.sock)
+        await readable(self.sock)
         self._check()
 
     async def writable(self) -> None:
-        await anyio.wait_writable(self.sock)
+        await writable(self.sock)
         self._check()
 
     def close(self) -> None:
@@ -355,7 +356,7 @@ class KernelVsockTransport:
             try:
                 sock.connect((self.cid, port))
             except BlockingIOError:
-                await anyio.wait_writable(sock)
+                await writable(sock)
                 if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     raise OSError(number, os.strerror(number)) from None
 
@@ -637,7 +638,7 @@ async def _receive_line(sock: socket.socket) -> bytes:
         try:
             byte = sock.recv(1)
         except BlockingIOError:
-            await anyio.wait_readable(sock)
+            await readable(sock)
         else:
             if not byte:
                 break

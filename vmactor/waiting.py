@@ -10,16 +10,21 @@ wait calls ``anyio.lowlevel.checkpoint()`` now and then.
 """
 
 import asyncio
+import errno
 import functools
 import heapq
 import itertools
 import math
+import select
 from asyncio import Future
 from collections.abc import Callable, Generator
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import anyio
 import sniffio
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 
 class Waiter(Protocol):
@@ -264,3 +269,36 @@ def _clock() -> asyncio.AbstractEventLoop | _TrioClock:
         clock = _TrioClock()
         clocks.set(clock)
     return clock
+
+
+_LACKING: Final = frozenset({errno.ENOSPC, errno.ENOMEM})
+"""What epoll says when it may watch no more (``fs.epoll.max_user_watches``), or has no memory for it."""
+_LOOK_SECONDS: Final = 0.02
+
+
+async def readable(fd: "FileDescriptorLike") -> None:
+    """``anyio.wait_readable``, also where the kernel can watch no more descriptors.
+
+    Then it looks every 20 ms: whoever waits for the end of a process, say, must not fail for that.
+    """
+    try:
+        await anyio.wait_readable(fd)
+    except OSError as error:
+        await _look(fd, select.POLLIN, error)
+
+
+async def writable(fd: "FileDescriptorLike") -> None:
+    """``anyio.wait_writable``, in the same way."""
+    try:
+        await anyio.wait_writable(fd)
+    except OSError as error:
+        await _look(fd, select.POLLOUT, error)
+
+
+async def _look(fd: "FileDescriptorLike", event: int, error: OSError) -> None:
+    if error.errno not in _LACKING:
+        raise error
+    looking = select.poll()
+    looking.register(fd, event)
+    while not looking.poll(0):  # noqa: ASYNC110 - that is what there is no event for
+        await anyio.sleep(_LOOK_SECONDS)

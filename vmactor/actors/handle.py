@@ -102,14 +102,18 @@ class VirtualMachine:
     async def start(self, *, timeout: float = START_SECONDS) -> None:
         """Boot the VM; allowed once. Returns when the VMM runs.
 
+        Where too many VMs are booting it waits for its turn (``info.queued``), first come, first served.
+
         Args:
-            timeout: Seconds; the VM goes on starting if they run out.
+            timeout: Seconds, the wait included; the VM goes on starting if they run out.
 
         Raises:
+            CapacityExceededError: The host has no room for it any more; the VM is as it was.
             IllegalStateError: It was started before, or stopped while starting.
             StartFailedError: The VMM did not come up; the message holds the cause, the VM is dead.
             DeadlineExceededError: Neither yet.
         """
+        self._actor.check_room()
         try:
             # In the lane of stop, so that no stop that is sent later overtakes it.
             await self._actor.mailbox.ask(Start(), timeout=timeout, control=True)

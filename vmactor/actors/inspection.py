@@ -22,6 +22,7 @@ from anyio.abc import TaskStatus
 
 from vmactor.log import get_logger
 from vmactor.supervision_tree import SupervisorInfo
+from vmactor.waiting import readable, writable
 
 MOST_READERS: Final = 8
 """Inspections at a time; more wait in the socket's queue."""
@@ -71,7 +72,7 @@ class Inspection:
         async with anyio.create_task_group() as readers:
             while True:
                 await self._readers.acquire()
-                await anyio.wait_readable(listener)
+                await readable(listener)
                 try:
                     reader, _ = listener.accept()
                 except BlockingIOError:
@@ -92,7 +93,7 @@ class Inspection:
                     try:
                         rest = rest[reader.send(rest) :]
                     except BlockingIOError:
-                        await anyio.wait_writable(reader)
+                        await writable(reader)
         finally:
             reader.close()
             self._readers.release()

@@ -118,6 +118,7 @@ class Life:
         generation: Number of the current or last run, or of the one that is waited for.
         restarts: Whether it is started again, and how often it was.
         restart_delay: Seconds that the next run is waited for, while it is.
+        queued: Whether the run waits until fewer VMs are booting.
         pid: The VMM's process, while there is one.
         suspended: Whether the virtual CPUs are paused.
         killed: Whether this run is being killed, on request or for a hang-up.
@@ -137,6 +138,7 @@ class Life:
     generation: int = 0
     restarts: Restarts = Restarts()  # noqa: RUF009 - immutable
     restart_delay: float | None = None
+    queued: bool = False
     pid: int | None = None
     suspended: bool = False
     killed: bool = False
@@ -200,6 +202,8 @@ def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  #
             return _stale(life, message, reply)
         case GuestReported(report=report):
             return _guest(life, report, reply)
+        case BootWaits() | BootBegins():
+            return _queue(life, waits=isinstance(message, BootWaits))
         case VmmSpawned(pid=pid):
             return replace(life, pid=pid), [KillRun()] if life.killed else []
         case VmmRunning():
@@ -236,6 +240,15 @@ def _spawn(life: Life) -> Step:
     if life.hangup_timeout is not None:
         actions.append(ArmHangup(life.generation))
     return replace(life, phase=Phase.STARTING), actions
+
+
+def _queue(life: Life, *, waits: bool) -> Step:
+    """A payload's time to report begins with its boot."""
+    if life.phase is not Phase.STARTING or life.queued is waits:
+        return life, []
+    watched = life.hangup_timeout is not None
+    timer: list[Action] = [DisarmHangup() if waits else ArmHangup(life.generation)] if watched else []
+    return replace(life, queued=waits), timer
 
 
 def _stop(life: Life, rung: StopRung, reply: Hashable) -> Step:
@@ -414,7 +427,7 @@ def _ended(life: Life, run: RunEnded) -> Step:
     )
     gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")
     refused: list[Action] = [Refuse(reply, gone) for _, reply in life.controls]
-    over = replace(life, pid=None, controls=(), suspended=False)
+    over = replace(life, pid=None, controls=(), suspended=False, queued=False)
     exhausted: list[Action] = []
     if _comes_back(life, run, reason):
         restarts, delay = life.restarts.after(run.at, run.lasted, run.chance)
@@ -453,6 +466,7 @@ def _wait_for_restart(life: Life, died: Died, delay: float, refused: list[Action
         payload=PayloadState.STARTING,
         payload_failed=False,
         killed=False,
+        queued=False,
         restart_delay=delay,
     )
     told = Restarting(delay=delay, restarts=life.restarts.total)

@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,18 @@ import anyio
 from anyio.abc import TaskStatus
 
 from vmactor import usage
-from vmactor.actors.vocabulary import NOT_RUNNING, Message, RunEnded, VmmGone, VmmRunning, VmmSpawned
+from vmactor.actors.admission import NOTHING, Admission, AdmissionPolicy, Reservation
+from vmactor.actors.boots import BootQueue
+from vmactor.actors.vocabulary import (
+    NOT_RUNNING,
+    BootBegins,
+    BootWaits,
+    Message,
+    RunEnded,
+    VmmGone,
+    VmmRunning,
+    VmmSpawned,
+)
 from vmactor.config import RawConfig
 from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain, Lines
 from vmactor.errors import (
@@ -26,6 +37,7 @@ from vmactor.errors import (
     ResourceExhaustedError,
     VmactorError,
     VmmError,
+    hint,
 )
 from vmactor.images.disks import lock_formats
 from vmactor.ledger import Spawner
@@ -79,6 +91,10 @@ class Sinks:
     to_log: bool = False
 
 
+def _unbounded() -> Reservation:
+    return Admission(AdmissionPolicy(checked=False), lambda: ()).reserve(NOTHING)
+
+
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """What every run of a VM is made from.
@@ -94,6 +110,8 @@ class RunSpec:
         helper: The vhost-device-vsock executable, where that does it; without either the VMM itself does.
         spawner: Spawns its processes.
         renew: Makes the VM's place ready for another run; may raise ``OSError``.
+        boots: Where its starts wait for their turn.
+        reservation: What it was promised.
     """
 
     name: str
@@ -106,6 +124,8 @@ class RunSpec:
     helper: Path | None
     spawner: Spawner = Spawner()  # noqa: RUF009 - immutable
     renew: Callable[[], None] = lambda: None
+    boots: BootQueue = field(default_factory=lambda: BootQueue(1))
+    reservation: Reservation = field(default_factory=_unbounded)
 
 
 class Run:
@@ -131,6 +151,8 @@ class Run:
         self._ended: VmmExit | None = None
         self._pipes: _Pipes | None = None
         self._peak = Memory()
+        self._booting = False
+        self._reported = anyio.Event()
 
     @property
     def vsock_peer(self) -> int | None:
@@ -152,6 +174,10 @@ class Run:
         """End the run now because of a fault of ours."""
         self._failure = self._failure or VmmExit(UNKNOWN, DeathReason.INFRASTRUCTURE_ERROR, detail)
         self.kill()
+
+    def guest_reported(self) -> None:
+        """The guest is up, so the boot is over; any number of times."""
+        self._reported.set()
 
     async def trim(self, percent: int) -> None:
         """Have the balloon take a share of the guest's memory, if it says how much it has."""
@@ -242,6 +268,8 @@ class Run:
                 with anyio.CancelScope() as self._startup:
                     if self._killed:
                         self._startup.cancel()
+                    await self._wait_for_turn(stack)
+                    self._spec.reservation.check()
                     if self._generation > 1:
                         self._spec.renew()
                     config = await self._look_at_disks()
@@ -261,8 +289,24 @@ class Run:
                 log.error("a run was not cleared away in full", vm=self._spec.name, error=str(error))
                 return self._ended
             self._cause = error
-            refused = f"the host refused: {error}" if isinstance(error, OSError) else str(error)
+            refused = f"the host refused: {error}{hint(error)}" if isinstance(error, OSError) else str(error)
             return VmmExit(UNKNOWN, DeathReason.START_FAILED, refused)
+
+    async def _wait_for_turn(self, stack: AsyncExitStack) -> None:
+        boots = self._spec.boots
+        if not boots.take_nowait():
+            self._post(BootWaits(self._generation))
+            await boots.take()
+            self._post(BootBegins(self._generation))
+        self._booting = True
+        stack.callback(self._spec.reservation.given_back)
+        stack.callback(self._end_boot)
+
+    def _end_boot(self) -> None:
+        if self._booting:
+            self._booting = False
+            self._spec.reservation.taken()
+            self._spec.boots.give_back()
 
     async def _look_at_disks(self) -> RawConfig:
         """Before every run: whoever could write to a disk since the last look may have changed its format."""
@@ -332,12 +376,15 @@ class Run:
             if not await _ends(vmm) and not self._killed:  # else its exit tells the reason
                 self._failure = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
                 vmm.kill()
-        except DeadlineExceededError as error:
+        except (DeadlineExceededError, ResourceExhaustedError) as error:
             if not self._killed:
                 self._failure = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
             vmm.kill()
         else:
             self._post(VmmRunning(self._generation))
+            with anyio.move_on_after(self._spec.driver.footprint(self._spec.config).boot_seconds):
+                await self._reported.wait()
+            self._end_boot()
 
     async def _watch_helper(self, vmm: Vmm, helper: VhostDeviceVsock) -> None:
         status = await helper.wait()

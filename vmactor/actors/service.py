@@ -20,6 +20,8 @@ import anyio.from_thread
 from anyio.abc import TaskStatus
 
 from vmactor import leftovers
+from vmactor.actors.admission import Admission, AdmissionPolicy, need_of
+from vmactor.actors.boots import BootQueue
 from vmactor.actors.event_bus import new_bus
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
@@ -48,6 +50,7 @@ from vmactor.host import HostFacts, probe
 from vmactor.images.disks import lock_formats
 from vmactor.images.idsig import IdsigResult, create_or_update_idsig_file
 from vmactor.images.partition import initialize_writable_partition
+from vmactor.limits import HostLimits
 from vmactor.log import get_logger
 from vmactor.messages import (
     CpuTopology,
@@ -104,6 +107,7 @@ class VirtualizationService:
         policy: What other users may do, and which files VMs may have (docs/security.md).
         tombstones: Where guests' tombstones are kept, which a Microdroid sends when something in it crashes:
             a directory, made if missing, which outlives the service. Without one they are not received.
+        admission: How many VMs are accepted, and how many boot at the same time (docs/limits.md).
 
     What crashed managers left in the state directory is ended in the background after entering;
     ``Reaped`` and ``Orphaned`` tell (docs/crash.md).
@@ -120,6 +124,7 @@ class VirtualizationService:
         tombstones: str | os.PathLike[str] | TombstoneStore | None = None,
         platform: Platform | None = None,
         policy: Policy | None = None,
+        admission: AdmissionPolicy | None = None,
     ) -> None:
         self.bus = new_bus(self._snapshot)
         self._vmm = vmm
@@ -142,6 +147,9 @@ class VirtualizationService:
         self._tombstones = tombstones
         self._tombstone_port: SharedPort | None = None
         self._records: Records
+        self._admission_policy = admission or AdmissionPolicy()
+        self._admission: Admission
+        self._boots: BootQueue
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -155,6 +163,10 @@ class VirtualizationService:
         self._state = StateDirectory(self._state_path or default_path())
         self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
         self._records = Records(self._state, {"vsock": self._selection.vsock})
+        self._admission = Admission(self._admission_policy, HostLimits(self._state.path).read)
+        self._boots = BootQueue(
+            self._admission_policy.boots(self._facts.cpus, emulated=self._selection.driver.emulated)
+        )
         await self._supervisor.__aenter__()
         if self._tombstones is not None and self._selection.vsock == "kernel":
             self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
@@ -230,6 +242,7 @@ class VirtualizationService:
             ApkError: The payload's configuration cannot be read out of the APK.
             UnsafeImageError: A guest may have changed a disk's format, or a disk names other files.
             ImageError: A disk is broken, cannot be read, or is not of the format that it was said to be.
+            CapacityExceededError: The host has no room for it; nothing was begun.
             ResourceExhaustedError: No CID, descriptor or space.
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
             IllegalStateError: The service is not open.
@@ -325,6 +338,9 @@ class VirtualizationService:
                 files = await anyio.to_thread.run_sync(self._prepare, own, owned, limiter=self._workers)
             else:
                 files = own
+            sinks_used = sum(fd is not None for fd in (console, log, ramdump))
+            reservation = self._admission.reserve(need_of(files, driver, self._selection.vsock, sinks_used))
+            claim.callback(reservation.release)
             sinks = Sinks(
                 console=_duplicate(console, "console", owned),
                 log=_duplicate(log, "log", owned),
@@ -343,6 +359,8 @@ class VirtualizationService:
                 place.helper,
                 place.spawner,
                 partial(self._places.renew, place),
+                self._boots,
+                reservation,
             )
             info = VmInfo(
                 cid=place.cid,

@@ -69,6 +69,7 @@ from vmactor.messages import (
     Event,
     GuestReport,
     MemoryTrimLevel,
+    PayloadReady,
     PayloadStarted,
     Release,
     Resume,
@@ -76,6 +77,7 @@ from vmactor.messages import (
     Suspend,
     TrimMemory,
     UsageSampled,
+    VirtualMachineState,
     VmInfo,
 )
 from vmactor.process import UNKNOWN
@@ -194,6 +196,7 @@ class VmActor:
             "generation": info.generation,
             "vm_restarts": info.restarts,
             "restart_due": info.restart_due.isoformat() if info.restart_due else None,
+            "queued": info.queued,
             "pid": info.pid,
             "last_death": None if died is None else f"{died.reason.name}: {died.detail}"[:500].rstrip(": "),
             **self.mailbox.details(),
@@ -220,6 +223,11 @@ class VmActor:
         if self._life.alive:  # nothing comes after died
             self._context.bus.publish_aside(self._headed(sampled))
         return used.seconds
+
+    def check_room(self) -> None:
+        """Before a start. Raises CapacityExceededError if there is not what was promised any more."""
+        if self.info.state is VirtualMachineState.NOT_STARTED:
+            self._spec.reservation.check()
 
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""
@@ -319,6 +327,8 @@ class VmActor:
                 await self._clear()
             case Publish(event):
                 self.publish(event)
+                if isinstance(event, PayloadStarted | PayloadReady) and self.run_under_way is not None:
+                    self.run_under_way.guest_reported()
             case Answer(reply):
                 self.mailbox.answer(reply)  # type: ignore[arg-type]
             case Refuse(reply, error):
@@ -415,6 +425,7 @@ class VmActor:
             "started": started,
             "restarts": life.restarts.total,
             "restart_due": due,
+            "queued": life.queued,
         }
         if any(getattr(self.info, name) != value for name, value in known.items()):
             self.info = replace(self.info, **known)

@@ -28,6 +28,20 @@ class GuestReported(Request[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class BootWaits:
+    """Too many VMs are booting; this one waits for its turn."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class BootBegins:
+    """Its turn has come."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class VmmSpawned:
     """The VMM's process exists."""
 
@@ -132,6 +146,8 @@ Message = (
     | Release
     | Control
     | GuestReported
+    | BootWaits
+    | BootBegins
     | VmmSpawned
     | VmmRunning
     | VmmGone

@@ -80,6 +80,8 @@ def _line(node: dict[str, Any], *, colour: bool) -> str:
         words += [*_uptime(node), _count(restarts, "restart")]
         if "ordinary" in told:
             words.append(f"mailbox {_text(told, 'ordinary')}+{_text(told, 'control')}")
+        if told.get("queued"):
+            words.append("waits for its turn to boot")
         if told.get("restart_due"):
             words.append(f"starts again at {_text(told, 'restart_due')}")
         if told.get("last_death"):

@@ -20,14 +20,14 @@ from typing import ClassVar, Final
 
 from vmactor.config import DiskImage, RawConfig
 from vmactor.config_rules import MAX_PARAMS
-from vmactor.errors import StartFailedError, UnsupportedOperationError
+from vmactor.errors import StartFailedError, UnsupportedOperationError, hint
 from vmactor.host import Crosvm, HostFacts
 from vmactor.images.composite import assemble, crosvm_image
 from vmactor.messages import CpuTopology, ImageKind
 from vmactor.text import crosvm_argument
 from vmactor.vmm.crosvm_vmm import CrosvmVmm
-from vmactor.vmm.driver import KernelVsock, Launch
-from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket, reopen
+from vmactor.vmm.driver import BOOT_SECONDS, EMULATED_BOOT_SECONDS, Footprint, KernelVsock, Launch
+from vmactor.vmm.handover import check_socket_path, proc_path, read_only, remove_socket, reopen
 
 PLATFORM_VERSION: Final = "1.0.0"
 DEFAULT_MEMORY_MIB: Final = 256
@@ -64,6 +64,17 @@ class CrosvmDriver:
     def emulated(self) -> bool:
         """Whether guests run slowly, that is, nested."""
         return self.facts.nested
+
+    def footprint(self, config: RawConfig) -> Footprint:
+        """Its devices are threads of one process, because it has no sandbox here."""
+        cpus = self.facts.cpus if config.cpu_topology is CpuTopology.MATCH_HOST else 1
+        return Footprint(
+            threads=12 + cpus + 2 * len(config.disks),
+            descriptors=0,
+            overhead=32 * _MIB,
+            guest_memory=(config.memory_mib or DEFAULT_MEMORY_MIB) * _MIB,
+            boot_seconds=EMULATED_BOOT_SECONDS if self.emulated else BOOT_SECONDS,
+        )
 
     def validate(self, config: RawConfig) -> None:
         """Refuse what crosvm, this build of it, or this host cannot do.

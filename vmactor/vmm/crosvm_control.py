@@ -20,6 +20,7 @@ import anyio
 
 from vmactor.errors import DeadlineExceededError, ResourceExhaustedError, VmmError
 from vmactor.text import escape
+from vmactor.waiting import readable
 
 REQUEST_TIMEOUT: Final = 5.0
 """How long crosvm may take to answer a request, in seconds."""
@@ -154,7 +155,7 @@ def _send(connection: socket.socket, request: str | Json) -> None:
 
 async def _readable(connection: socket.socket) -> None:
     try:
-        await anyio.wait_readable(connection)
+        await readable(connection)
     except anyio.ClosedResourceError:
         raise VmmError("the connection to crosvm's control socket is closed") from None
 

@@ -8,12 +8,16 @@ one running process and its control socket. Nothing here knows of actors.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from vmactor.config import RawConfig
 from vmactor.ledger import Spawner
 from vmactor.messages import BalloonStats, DeathReason
 from vmactor.process import ExitStatus, Process
+
+BOOT_SECONDS: Final = 1.0
+EMULATED_BOOT_SECONDS: Final = 5.0
+"""How long a guest takes to boot, about; where it is emulated or nested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,25 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a running VMM takes of its host at most, beside its files: what its manager reckons with.
+
+    Attributes:
+        threads: Its processes and threads.
+        descriptors: Those of the manager that it lasts, for its control connection, say.
+        overhead: Bytes of memory of its own.
+        guest_memory: Bytes that its guest may touch some day.
+        boot_seconds: How long its guest still counts as booting when the VMM runs, unless it reports before.
+    """
+
+    threads: int
+    descriptors: int
+    overhead: int
+    guest_memory: int
+    boot_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class VmmExit:
     """How a VMM ended.
 
@@ -205,6 +228,10 @@ class VmmDriver(Protocol):
         Raises:
             UnsupportedOperationError: Names the field and what to do.
         """
+        ...
+
+    def footprint(self, config: RawConfig) -> Footprint:
+        """What running it will take. Pure."""
         ...
 
     def command_line(self, launch: Launch) -> list[str]:

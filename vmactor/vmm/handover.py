@@ -1,6 +1,5 @@
 """What all drivers do to hand files to a VMM and to have a control socket with it."""
 
-import errno
 import fcntl
 import os
 from contextlib import ExitStack, suppress
@@ -67,12 +66,3 @@ def remove_socket(path: Path) -> None:
     """Remove a control socket; the VMM may have done so itself."""
     with suppress(FileNotFoundError):
         path.unlink()
-
-
-def hint(error: OSError) -> str:
-    """What to do about a failed start; empty where the error says it all."""
-    if error.errno in {errno.EMFILE, errno.ENFILE}:
-        return "; raise this process's limit of open files (ulimit -n, LimitNOFILE=)"
-    if error.errno in {errno.EAGAIN, errno.ENOMEM}:
-        return "; the limit of processes or memory is reached: stop some, or raise it (ulimit -u, TasksMax=)"
-    return ""

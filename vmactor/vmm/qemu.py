@@ -22,12 +22,19 @@ from typing import ClassVar, Final
 import anyio
 
 from vmactor.config import RawConfig
-from vmactor.errors import StartFailedError, UnsupportedOperationError
+from vmactor.errors import StartFailedError, UnsupportedOperationError, hint
 from vmactor.host import HostFacts
 from vmactor.messages import CpuTopology
 from vmactor.text import qemu_value
-from vmactor.vmm.driver import KernelVsock, Launch, VhostUserVsock
-from vmactor.vmm.handover import check_socket_path, hint, proc_path, read_only, remove_socket
+from vmactor.vmm.driver import (
+    BOOT_SECONDS,
+    EMULATED_BOOT_SECONDS,
+    Footprint,
+    KernelVsock,
+    Launch,
+    VhostUserVsock,
+)
+from vmactor.vmm.handover import check_socket_path, proc_path, read_only, remove_socket
 from vmactor.vmm.qemu_disks import FdSets, Prepared, disk_arguments, prepare
 from vmactor.vmm.qemu_vmm import QemuVmm
 
@@ -69,6 +76,17 @@ class QemuDriver:
     def emulated(self) -> bool:
         """Whether guests run slowly: without hardware virtualization, or nested."""
         return not self.facts.kvm.usable or self.facts.nested
+
+    def footprint(self, config: RawConfig) -> Footprint:
+        """Three threads, more while disks are busy; 55 MB beside the guest's memory, most of it shared."""
+        cpus = self.facts.cpus if config.cpu_topology is CpuTopology.MATCH_HOST else 1
+        return Footprint(
+            threads=4 + cpus + 4 * len(config.disks),
+            descriptors=2,
+            overhead=64 * _MIB,
+            guest_memory=(config.memory_mib or DEFAULT_MEMORY_MIB) * _MIB,
+            boot_seconds=EMULATED_BOOT_SECONDS if self.emulated else BOOT_SECONDS,
+        )
 
     def validate(self, config: RawConfig) -> None:
         """Refuse what QEMU, or this driver, cannot do.

@@ -14,7 +14,7 @@ from vmactor.errors import UnsupportedOperationError
 from vmactor.host import Crosvm, HostFacts
 from vmactor.vmm import crosvm
 from vmactor.vmm.crosvm_vmm import CrosvmVmm
-from vmactor.vmm.driver import DirectVsock, KernelVsock, Launch
+from vmactor.vmm.driver import DirectVsock, Footprint, KernelVsock, Launch
 
 PLATFORM_VERSION: Final = "1.0.0"
 OPTIONS: Final = frozenset(
@@ -50,6 +50,10 @@ class SimulatedDriver:
     def emulated(self) -> bool:
         """No guest is slow where there is none."""
         return False
+
+    def footprint(self, config: RawConfig) -> Footprint:
+        """One thread, and no guest that could touch memory or boot."""
+        return Footprint(threads=1, descriptors=0, overhead=1 << 20, guest_memory=0, boot_seconds=0.0)
 
     def validate(self, config: RawConfig) -> None:
         """Refuse what crosvm could not do on any host, so that what runs here is what would run there.
