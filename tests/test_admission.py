@@ -16,6 +16,8 @@ from vmactor.actors import monitor
 from vmactor.actors.admission import (
     NOTHING,
     READING_SECONDS,
+    VM_INODES,
+    VM_SPACE,
     Admission,
     AdmissionPolicy,
     Need,
@@ -144,6 +146,13 @@ def test_emulated_guests_boot_fewer_at_a_time() -> None:
     assert policy.boots(2, emulated=True) < policy.boots(2, emulated=False)
     assert policy.boots(1, emulated=True) == 2
     assert AdmissionPolicy(concurrent_boots=5).boots(64, emulated=True) == 5
+
+
+def test_a_need_is_written_in_the_order_of_the_resources() -> None:
+    assert list(Resource) == list(range(len(Resource)))
+    need = need_of(RawConfig(name="a", kernel=0), SimulatedDriver(FULL), "direct", 0)
+    assert (need[Resource.CIDS], need[Resource.PROCESSES]) == (1, 1)
+    assert (need[Resource.SPACE], need[Resource.INODES]) == (VM_SPACE, VM_INODES)
 
 
 # -- The books -------------------------------------------------------------------------------------

@@ -176,6 +176,8 @@ platform            no   no guest for apps in /apex
 --vmm auto picks qemu (emulated; platform version 1.0.0) with hybrid vsock:
   - a
   - b [c]
+There is room for 7 more VMs of 256 MiB in one program; the next limit is open [files]:
+  to have more: raise it
 """
 
 
@@ -183,6 +185,9 @@ def test_what_was_found_reads_as_documented() -> None:
     found = info.describe(FACTS, "auto")
     assert found["selected"]["reasons"]
     found["selected"]["reasons"] = ["a", r"b \[c]"]
+    assert found["room"]["vms"] >= 0
+    assert found["room"]["limit"]
+    found["room"] |= {"vms": 7, "limit": r"open \[files]", "advice": "raise it"}
     assert info.for_people(found) == GOLDEN
 
 
@@ -214,6 +219,7 @@ def test_what_was_found_can_be_json(cli: Cli) -> None:
         "platform",
         "wanted",
         "selected",
+        "room",
         "error",
     }
     assert set(found["findings"]) >= {"kvm", "vhost_vsock", "qemu", "crosvm", "vhost_device_vsock"}

@@ -19,8 +19,8 @@ from tests.simulated_peer import executable
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
 LEAST = {
-    "open": 10,
-    "write": 3,
+    "open": 8,
+    "write": 2,
     "pipe": 3,
     "socket": 3,
     "fork": 1,

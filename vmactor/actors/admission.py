@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from operator import add, sub
+from operator import add, mul, sub
 from typing import Final
 
 from vmactor.config import RawConfig
@@ -42,8 +42,8 @@ VM_INODES: Final = 10
 BOOT_MEMORY: Final = 64 << 20
 """What a guest touches of its memory until it is up, at most; a small Linux takes 40 to 80 MiB."""
 
-_LASTING: Final = frozenset({Resource.GUEST_MEMORY, Resource.CIDS})
-"""What no reading shows."""
+_PASSING: Final = tuple(resource not in {Resource.GUEST_MEMORY, Resource.CIDS} for resource in Resource)
+"""What a reading shows."""
 _BYTES: Final = frozenset({Resource.MEMORY, Resource.GUEST_MEMORY, Resource.SPACE})
 
 Need = tuple[int, ...]
@@ -126,22 +126,16 @@ def need_of(config: RawConfig, driver: VmmDriver, vsock: VsockKind, sinks: int) 
     """
     footprint = driver.footprint(config)
     helped = vsock == "hybrid"
-    need = {
-        Resource.DESCRIPTORS: VM_DESCRIPTORS
-        + footprint.descriptors
-        + len(config.fds())
-        + SINK_DESCRIPTORS * sinks
-        + {"hybrid": HELPER_DESCRIPTORS, "kernel": 1, "direct": 0}[vsock],
-        Resource.PROCESSES: footprint.threads + (HELPER_THREADS if helped else 0),
-        Resource.MEMORY: footprint.overhead
-        + min(footprint.guest_memory, BOOT_MEMORY)
-        + (HELPER_MEMORY if helped else 0),
-        Resource.GUEST_MEMORY: footprint.guest_memory + footprint.overhead,
-        Resource.CIDS: 1,
-        Resource.SPACE: VM_SPACE,
-        Resource.INODES: VM_INODES,
-    }
-    return tuple(need[resource] for resource in Resource)
+    own = {"hybrid": HELPER_DESCRIPTORS, "kernel": 1, "direct": 0}[vsock]
+    return (  # in the order of Resource
+        VM_DESCRIPTORS + footprint.descriptors + len(config.fds()) + SINK_DESCRIPTORS * sinks + own,
+        footprint.threads + (HELPER_THREADS if helped else 0),
+        footprint.overhead + min(footprint.guest_memory, BOOT_MEMORY) + (HELPER_MEMORY if helped else 0),
+        footprint.guest_memory + footprint.overhead,
+        1,
+        VM_SPACE,
+        VM_INODES,
+    )
 
 
 def shortage(limits: Sequence[Limit], promised: Need, need: Need) -> Shortage | None:
@@ -245,7 +239,7 @@ class Reservation:
     def __init__(self, admission: Admission, need: Need) -> None:
         self._admission = admission
         self._need = need
-        self._passing = tuple(0 if resource in _LASTING else need[resource] for resource in Resource)
+        self._passing = tuple(map(mul, need, _PASSING))
         self._state = _State.PROMISED
         self._taken_at = 0
 

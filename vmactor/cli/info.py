@@ -3,20 +3,27 @@
 import argparse
 import dataclasses
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import anyio.to_thread
 
 from vmactor import __version__
+from vmactor.actors.admission import Admission, AdmissionPolicy, need_of
 from vmactor.cli import tree
 from vmactor.cli.exit_codes import ExitCode
 from vmactor.cli.lifetime import run_to_the_end
 from vmactor.cli.output import BAD, GOOD, brackets, paint, shown, to_json, wants_colour
 from vmactor.cli.stdio import STDOUT, Writer
+from vmactor.config import RawConfig
 from vmactor.errors import VmactorError
 from vmactor.host import Finding, HostFacts, probe
+from vmactor.limits import HostLimits
 from vmactor.microdroid.platform import DEFAULT_ROOT, Platform
-from vmactor.vmm.select import select
+from vmactor.vmm.select import Selection, select
+
+ROOM_MIB: Final = 256
+"""Of which VMs it is told how many more there is room for."""
 
 
 def run(args: argparse.Namespace) -> ExitCode:
@@ -52,6 +59,7 @@ def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
         "platform": {"root": str(DEFAULT_ROOT), "guests": Platform().guests()},
         "wanted": vmm,
         "selected": None,
+        "room": None,
         "error": None,
     }
     try:
@@ -66,7 +74,22 @@ def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
             "vsock": selection.vsock,
             "reasons": list(selection.reasons),
         }
+        row["room"] = _room(selection)
     return row
+
+
+def _room(selection: Selection) -> dict[str, Any]:
+    """For how many more VMs there is room, and what to set for more."""
+    driver = selection.driver
+    need = need_of(RawConfig(name="any", kernel=0, memory_mib=ROOM_MIB), driver, selection.vsock, 0)
+    admission = Admission(AdmissionPolicy(), HostLimits(Path("/run")).read)
+    count, limit = admission.room(need)
+    return {
+        "vms": count,
+        "memory_mib": ROOM_MIB,
+        "limit": limit.name if limit is not None else None,
+        "advice": limit.advice if limit is not None else None,
+    }
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
@@ -112,4 +135,10 @@ def for_people(found: dict[str, Any], *, colour: bool = False) -> str:
             f"{shown(selected['platform_version'])}) with {selected['vsock']} vsock:"
         )
         lines += [f"  - {brackets(reason)}" for reason in selected["reasons"]]
+        room = found["room"]
+        lines.append(
+            f"There is room for {room['vms']} more VMs of {room['memory_mib']} MiB in one program; "
+            f"the next limit is {brackets(room['limit'])}:"
+        )
+        lines.append(f"  to have more: {brackets(room['advice'])}")
     return "".join(f"{line}\n" for line in lines)
