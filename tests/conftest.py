@@ -88,6 +88,14 @@ def short_dir() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Instead of pytest's: those hold the user's and the test's name, too much for unix sockets."""
+    path = Path(tempfile.mkdtemp(prefix="vmt", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def guest_dir() -> Path:
     """The built guest; ``make test`` builds it first."""

@@ -98,6 +98,27 @@ def left_in(directory: Path) -> list[str]:
 # -- Creating and looking ------------------------------------------------------------------------------
 
 
+async def test_a_service_cancelled_while_it_opens_leaves_nothing(tmp_path: Path) -> None:
+    before = descriptors()
+    for checkpoints in range(8):
+        service = service_in(tmp_path)
+        with anyio.CancelScope() as opening:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel_after, checkpoints, opening)
+                async with service:
+                    await anyio.sleep_forever()
+        assert opening.cancelled_caught
+        assert list((tmp_path / "state").glob("managers/*")) == []
+        assert descriptors() == before
+
+
+async def cancel_after(checkpoints: int, scope: anyio.CancelScope) -> None:
+    """Cancel as soon as others had their turn so many times."""
+    for _ in range(checkpoints):
+        await anyio.lowlevel.checkpoint()
+    scope.cancel()
+
+
 async def test_a_vm_is_created_started_and_ends_without_a_trace(short_dir: Path, config: RawConfig) -> None:
     driver = ScriptedDriver()
     async with service_in(short_dir, driver) as service:

@@ -39,8 +39,8 @@ def test_root_has_its_state_in_run_and_others_in_their_runtime_directory(
         default_path()
 
 
-def test_it_is_made_for_its_user_alone(tmp_path: Path) -> None:
-    path = tmp_path / "parent" / "state"
+def test_it_is_made_for_its_user_alone(short_dir: Path) -> None:
+    path = short_dir / "parent" / "state"
     umask = os.umask(0)
     try:
         with StateDirectory(path) as state:
@@ -94,12 +94,12 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
         StateDirectory(tmp_path / "state")
 
 
-def test_a_path_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+def test_a_path_that_cannot_be_made_is_an_error_that_names_it(short_dir: Path) -> None:
+    (short_dir / "file").touch()
     with pytest.raises(ResourceExhaustedError, match="file/state"):
-        StateDirectory(tmp_path / "file" / "state")
+        StateDirectory(short_dir / "file" / "state")
     with pytest.raises(IllegalArgumentError, match="no path"):
-        StateDirectory(tmp_path / "nul\0")
+        StateDirectory(short_dir / "nul\0")
 
 
 def test_the_longest_path_allowed_has_room_for_every_socket_and_a_longer_one_is_refused(

@@ -20,6 +20,8 @@ from vmactor.actors.vocabulary import (
     ArmHangup,
     ArmRestart,
     AskToStop,
+    BootBegins,
+    BootWaits,
     Clear,
     ControlDone,
     DisarmHangup,

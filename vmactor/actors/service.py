@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -141,6 +141,7 @@ class VirtualizationService:
         self._workers = anyio.CapacityLimiter(WORKERS)
         self._hashers = anyio.CapacityLimiter(HASHERS)
         self._open = False
+        self._entered: AsyncExitStack
         self._state: StateDirectory
         self._selection: Selection
         self._places: Places
@@ -160,23 +161,27 @@ class VirtualizationService:
         self._selection = select(self._vmm, self._facts) if isinstance(self._vmm, str) else self._vmm
         if self._tombstones is not None and not isinstance(self._tombstones, TombstoneStore):
             self._tombstones = TombstoneStore(self._tombstones)
-        self._state = StateDirectory(self._state_path or default_path())
-        self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
-        self._records = Records(self._state, {"vsock": self._selection.vsock})
-        self._admission = Admission(self._admission_policy, HostLimits(self._state.path).read)
-        self._boots = BootQueue(
-            self._admission_policy.boots(self._facts.cpus, emulated=self._selection.driver.emulated)
-        )
-        await self._supervisor.__aenter__()
-        if self._tombstones is not None and self._selection.vsock == "kernel":
-            self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
-            await self._supervisor.start("tombstone-port", self._tombstone_port.run)
-        await self._supervisor.start("sampler", self._sampler.run)
-        await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
-        await self._supervisor.start("records", self._records.run)
+        async with AsyncExitStack() as entered:  # who is cancelled in here leaves nothing behind either
+            entered.callback(self.bus.close)
+            self._state = StateDirectory(self._state_path or default_path())
+            entered.callback(self._state.close)
+            self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
+            self._records = Records(self._state, {"vsock": self._selection.vsock})
+            self._admission = Admission(self._admission_policy, HostLimits(self._state.path).read)
+            self._boots = BootQueue(
+                self._admission_policy.boots(self._facts.cpus, emulated=self._selection.driver.emulated)
+            )
+            await entered.enter_async_context(self._supervisor)
+            if self._tombstones is not None and self._selection.vsock == "kernel":
+                self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
+                await self._supervisor.start("tombstone-port", self._tombstone_port.run)
+            await self._supervisor.start("sampler", self._sampler.run)
+            await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
+            await self._supervisor.start("records", self._records.run)
+            if left := leftovers.find(self._state):
+                await self._supervisor.start("reaper", partial(self._reap, left))
+            self._entered = entered.pop_all()
         self._open = True
-        if left := leftovers.find(self._state):
-            await self._supervisor.start("reaper", partial(self._reap, left))
         return self
 
     async def _reap(self, cids: list[int], *, task_status: TaskStatus[None]) -> None:
@@ -191,11 +196,7 @@ class VirtualizationService:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         self._open = False
-        try:
-            return await self._supervisor.__aexit__(kind, value, trace)
-        finally:
-            self._state.close()
-            self.bus.close()
+        return await self._entered.__aexit__(kind, value, trace)
 
     @property
     def selection(self) -> Selection:
