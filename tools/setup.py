@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Set up what building, testing and running vmactor needs: Debian packages, ``.venv``, helpers.
+"""Set up what building, testing and running vmactor needs: packages of Debian, Python and Node, helpers.
 
 Only what is missing is installed, so a second run takes a moment. Needs nothing but Python 3.11 and, for
 Debian's packages, root; without root it says what to install. All output goes to ``build/setup.log``.
@@ -31,6 +31,8 @@ SIMULATED_SOURCE: Final = ROOT / "vmactor/vmm/simulated.c"
 SIMULATED_FLAGS: Final = ("-std=c17", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
 """Static: it starts faster, and shares all but some ten pages with its like."""
 BUILD_BACKEND: Final = ("hatchling", "editables")
+NODE_PACKAGES: Final = ("@msgpack/msgpack@3.1.3", "neovim@5.5.0")
+"""What the example in JavaScript needs, and a client of MessagePack-RPC that others wrote, for the tests."""
 
 PROGRAMS: Final = {
     "gcc": "gcc",
@@ -44,9 +46,16 @@ PROGRAMS: Final = {
     "sfdisk": "fdisk",
     "sgdisk": "gdisk",
     "mke2fs": "e2fsprogs",
+    "node": "nodejs",
+    "npm": "npm",
+    "perl": "perl",
 }
 FILES: Final = {
     "libc6-dev": ("/usr/lib/x86_64-linux-gnu/libc.a", "/usr/lib64/libc.a", "/usr/lib/libc.a"),
+    "libdata-messagepack-perl": tuple(
+        f"{place}/Data/MessagePack.pm"
+        for place in ("/usr/share/perl5", *map(str, Path("/usr/lib/x86_64-linux-gnu/perl5").glob("*")))
+    ),
     "qemu-system-data": ("/usr/share/qemu/qboot.rom", "/usr/share/qemu-kvm/qboot.rom"),
 }
 
@@ -143,6 +152,24 @@ def install_python(log: IO[str]) -> None:
         log, *install, "--no-build-isolation", "--editable", f"{ROOT}[dev]", cwd=ROOT
     ):
         raise SetupError(f"pip could not install the Python packages; {hint}")
+    stamp.write_text(wanted)
+
+
+# -- Node packages -----------------------------------------------------------------------------------
+
+
+def install_node(log: IO[str]) -> None:
+    """Install into ``build/node`` what clients in JavaScript need, for the example and the tests."""
+    target = BUILD / "node"
+    stamp = target / "vmactor-stamp"
+    wanted = " ".join(NODE_PACKAGES)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    say("Node packages into build/node")
+    target.mkdir(exist_ok=True)
+    quiet = ("--silent", "--no-fund", "--no-audit", "--no-package-lock", "--ignore-scripts")
+    if not run(log, "npm", "install", *quiet, "--prefix", target, *NODE_PACKAGES):
+        raise SetupError("npm could not install the Node packages; check the network and npm's settings")
     stamp.write_text(wanted)
 
 
@@ -288,6 +315,7 @@ def main() -> int:
             try:
                 install_packages(log)
                 install_python(log)
+                install_node(log)
                 install_helper(log)
                 build_simulated(log)
             except SetupError as error:
