@@ -1,11 +1,14 @@
 """The grammar of the command line: what is refused with status 2, and that the version is cheap."""
 
+import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import vmactor
 from vmactor import __version__
 from vmactor.cli import main, parser
 from vmactor.cli.exit_codes import MEANINGS
@@ -103,6 +106,30 @@ def test_grammar_and_version_need_no_heavy_modules() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"vmactor.cli.exit_codes", "vmactor.cli.parser", "vmactor.cli.stdio"}
+
+
+def test_the_version_is_told_without_the_modules_that_take_time_to_load() -> None:
+    code = "import sys; from vmactor.cli import main\ntry: main(['--version'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    version, *modules = done.stdout.split("\n", 1)[0], *done.stdout.split("\n", 1)[1].split()
+    assert version == f"vmactor {vmactor.__version__}"
+    assert "vmactor.cli.parser" in modules
+    ours = {name for name in modules if name.startswith("vmactor.") and not name.startswith("vmactor.cli")}
+    assert not ours
+    assert not {"cryptography", "json", "msgpack", "rich", "ssl", "structlog", "trio"} & {*modules}
+
+
+def test_every_public_name_comes_from_where_type_checkers_think_it_does() -> None:
+    tree = ast.parse(Path(vmactor.__file__).read_text())
+    (told,) = (each for each in tree.body if isinstance(each, ast.If))
+    imports = [each for each in told.body if isinstance(each, ast.ImportFrom)]
+    homes = {alias.name: each.module or "" for each in imports for alias in each.names}
+    assert sorted(homes) == sorted(vmactor.__all__)
+    for name, home in homes.items():
+        assert getattr(vmactor, name) is getattr(importlib.import_module(home), name)
+        assert name in dir(vmactor)
+    with pytest.raises(AttributeError, match="no attribute 'Virtual'"):
+        vmactor.Virtual  # noqa: B018 - it raises
 
 
 def test_lists_load_what_draws_only_for_a_terminal() -> None:

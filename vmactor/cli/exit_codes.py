@@ -26,16 +26,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Final
 
-from vmactor.messages import (
-    DeathReason,
-    Died,
-    Event,
-    PayloadError,
-    PayloadFinished,
-    PayloadReady,
-    PayloadStarted,
-    Restarting,
-)
+import vmactor  # its words come on use, so that ``--version`` does not wait for them
 
 
 class ExitCode(IntEnum):
@@ -72,7 +63,7 @@ MEANINGS: Final = {
 """A sentence for each, as ``vmactor --help`` and docs/cli.md have it."""
 
 
-def exit_code(events: Iterable[Event]) -> ExitCode:
+def exit_code(events: "Iterable[vmactor.Event]") -> ExitCode:
     """The exit status that one VM's life deserves.
 
     Args:
@@ -82,23 +73,25 @@ def exit_code(events: Iterable[Event]) -> ExitCode:
     reported = False
     finished: int | None = None
     error = False
-    reason: DeathReason | None = None
+    reason: vmactor.DeathReason | None = None
     for event in events:
         match event:
-            case Restarting():
+            case vmactor.Restarting():
                 reported, finished, error, reason = False, None, False, None
-            case PayloadStarted() | PayloadReady():
+            case vmactor.PayloadStarted() | vmactor.PayloadReady():
                 reported = True
-            case PayloadFinished(exit_code=code):
+            case vmactor.PayloadFinished(exit_code=code):
                 reported, finished = True, code
-            case PayloadError():
+            case vmactor.PayloadError():
                 reported = error = True
-            case Died():
+            case vmactor.Died():
                 reason = event.reason
     return _verdict(reported, finished, error, reason)
 
 
-def _verdict(reported: bool, finished: int | None, error: bool, reason: DeathReason | None) -> ExitCode:  # noqa: PLR0911 - a table
+def _verdict(  # noqa: PLR0911 - a table
+    reported: bool, finished: int | None, error: bool, reason: "vmactor.DeathReason | None"
+) -> ExitCode:
     if error:
         return ExitCode.GUEST_ERROR
     if finished:
@@ -106,12 +99,12 @@ def _verdict(reported: bool, finished: int | None, error: bool, reason: DeathRea
     match reason:
         case None:
             return ExitCode.ERROR
-        case DeathReason.HANGUP:
+        case vmactor.DeathReason.HANGUP:
             return ExitCode.HANG_UP
-        case DeathReason.START_FAILED:
+        case vmactor.DeathReason.START_FAILED:
             return ExitCode.START_FAILED
-        case DeathReason.SHUTDOWN if finished == 0 or not reported:
+        case vmactor.DeathReason.SHUTDOWN if finished == 0 or not reported:
             return ExitCode.OK
-        case DeathReason.REBOOT if finished == 0:
+        case vmactor.DeathReason.REBOOT if finished == 0:
             return ExitCode.OK
     return ExitCode.ABNORMAL_DEATH
