@@ -217,14 +217,20 @@ async def empty(state: StateDirectory) -> int:
     return left.cid
 
 
+async def sleeps(process: Process) -> None:
+    """Wait until a process has become ``sleep``, environment and all, which comes after the name."""
+    proc = Path(f"/proc/{process.pid}")
+    while (proc / "comm").read_text() != "sleep\n" or not (proc / "environ").read_bytes():
+        await anyio.sleep(0.01)
+
+
 async def wrapped(state: StateDirectory) -> int:
     """A VMM that is begun by a script: what runs later is not what ran at first."""
     left = await Left.make(state)
     process = left.spawn("VMM", ["sh", "-c", "while [ ! -e go ]; do sleep 0.02; done; exec sleep 600"],
                          cwd=left.directory)  # fmt: skip
     (left.directory / "go").write_text("\n")
-    while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
-        await anyio.sleep(0.01)
+    await sleeps(process)
     return left.cid
 
 
@@ -240,8 +246,7 @@ async def with_children(state: StateDirectory) -> int:
 async def foreign(state: StateDirectory) -> int:
     left = await Left.make(state, Requester(4242, 4242))
     process = left.spawn("VMM", ["sleep", "600"])
-    while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
-        await anyio.sleep(0.01)
+    await sleeps(process)
     return left.cid
 
 

@@ -12,22 +12,29 @@ import pytest
 from anyio import EndOfStream
 from structlog.testing import capture_logs
 
-from tests.guests import agent, booted, create, history
+from tests.guests import agent, booted, create, history, until
 from tests.kernel.guests import ENDINGS, ended
 from vmactor import DeathReason, Event, PayloadState, VirtualizationService, VirtualMachineState
 from vmactor.actors.place import SET_GUEST_CID
+from vmactor.actors.tombstone_receiver import PORT as TOMBSTONE_PORT
 from vmactor.cid import FIRST
+from vmactor.messages import Tombstone
+from vmactor.tombstones import TombstoneLimits, TombstoneStore
 from vmactor.vsock import VsockAttribute
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kernel, pytest.mark.timeout(300)]
 
 MIB = 1 << 20
+TOMBSTONE_SIZE = 5
 
 
 @pytest.fixture
 async def service(short_dir: Path) -> AsyncIterator[VirtualizationService]:
     """A service with QEMU, which everybody has."""
-    async with VirtualizationService(state_directory=short_dir, vmm="qemu") as service:
+    kept = TombstoneStore(short_dir / "tombstones", TombstoneLimits(size=TOMBSTONE_SIZE))
+    async with VirtualizationService(
+        state_directory=short_dir / "state", vmm="qemu", tombstones=kept
+    ) as service:
         yield service
 
 
@@ -127,6 +134,20 @@ async def test_a_guest_that_dials_another_vms_server_is_refused_and_changes_noth
             assert victim.state is VirtualMachineState.READY
         assert [event async for event in events] == []
         assert await agent(victim, "echo undisturbed") == "ok undisturbed"
+
+
+@pytest.mark.kernel("trio")
+async def test_tombstones_of_two_guests_at_one_port_are_told_apart_by_their_cids(
+    service: VirtualizationService, guest_dir: Path
+) -> None:
+    async with booted(service, guest_dir) as one, booted(service, guest_dir) as other:
+        for vm, words in ((one, "first"), (other, "other")):
+            with vm.events() as events:
+                await agent(vm, f"dial {TOMBSTONE_PORT} {words} and more")  # closed at the limit
+                told = await until(events, "tombstone")
+            assert isinstance(told, Tombstone)
+            assert told.cid == vm.cid
+            assert Path(told.path).read_text() == words
 
 
 @pytest.mark.kernel("trio")
