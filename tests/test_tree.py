@@ -77,7 +77,7 @@ async def test_the_tree_is_the_one_that_is_drawn_in_the_architecture(
             while "restart" not in names(service.tree()):
                 await anyio.lowlevel.checkpoint()
             waiting = names(service.tree())
-        assert waiting == {"service", "sampler", "inspection", "records", "vm-<cid>", "restart"}
+        assert waiting == {"service", "sampler", "inspection", "records", "drains", "vm-<cid>", "restart"}
         assert seen | waiting == documented()
 
 
@@ -119,6 +119,7 @@ async def test_other_processes_are_told_and_what_dead_managers_left_is_removed(
             "sampler",
             "inspection",
             "records",
+            "drains",
             "vm-2048",
         ]
         lines = "\n".join(drawing(told))

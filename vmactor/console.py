@@ -88,7 +88,8 @@ class Lines:
 class Drain:
     """Reads a pipe to its end without ever holding up who writes.
 
-    One task calls ``run``, which owns whatever the copying needs; ``finish`` bounds its end.
+    One task calls ``run``, which owns whatever the copying needs; ``finish`` bounds its end. Many that copy
+    nothing can be read by one task (``drains.py``), which calls ``read_once``.
 
     Args:
         read_fd: The read end of a pipe. It stays the caller's, who closes it after ``run`` has returned; it
@@ -100,6 +101,7 @@ class Drain:
         lines: Gets the text, too.
 
     Attributes:
+        read_fd: The same.
         total: Bytes read so far.
     """
 
@@ -108,7 +110,7 @@ class Drain:
     ) -> None:
         os.set_blocking(read_fd, False)
         self.total = 0
-        self._read_fd = read_fd
+        self.read_fd = read_fd
         self._tail = bytearray()
         self._tail_size = tail
         self._lines = lines
@@ -133,6 +135,16 @@ class Drain:
         """How many bytes the sink should have got and did not: beyond the cap, too slow, or given up."""
         return self._sink.dropped
 
+    @property
+    def copies(self) -> bool:
+        """Whether what is read goes anywhere, to a sink or as lines; else nothing ever holds it up."""
+        return self._sink.source is not None or self._lines is not None
+
+    def read_once(self) -> bool:
+        """Read once, without waiting; whether the end was reached. Not for one that ``copies``."""
+        self._read()
+        return self._ended
+
     async def run(self) -> None:
         """Read until all writers are gone or ``finish`` is called, then let the sink take what it still can.
 
@@ -146,10 +158,11 @@ class Drain:
             raise anyio.BusyResourceError("draining")
         stopped = self._stopped = Moment()
         try:
-            self._sink.open(self._read_fd)
-            with anyio.CancelScope() as self._reading:
-                while not self._ended and not self._finishing:
-                    await self._step()
+            self._sink.open(self.read_fd)
+            if not self._ended and not self._finishing:
+                with anyio.CancelScope() as self._reading:
+                    while not self._ended and not self._finishing:
+                        await self._step()
             if not self._ended:
                 await self._read_what_is_left()
             if self._sink.pending:
@@ -191,17 +204,17 @@ class Drain:
     async def _step(self) -> None:
         """Wait for work and do a bounded piece of it; the wait gives everybody else a turn."""
         if not self._sink.pending:
-            await readable(self._read_fd)
+            await readable(self.read_fd)
             self._read()
             return
         for fd in await self._sink.wait():
-            if fd != self._read_fd:
+            if fd != self.read_fd:
                 self._sink.write()
             elif not self._ended:
                 self._read()
 
     async def _read_what_is_left(self) -> None:
-        left = fcntl.fcntl(self._read_fd, fcntl.F_GETPIPE_SZ)
+        left = fcntl.fcntl(self.read_fd, fcntl.F_GETPIPE_SZ)
         while left > 0 and (count := self._read()):
             left -= count
             await anyio.lowlevel.checkpoint()
@@ -210,7 +223,7 @@ class Drain:
     def _read(self) -> int:
         """Read once; the number of bytes, 0 if there are none now or any more."""
         try:
-            data = os.read(self._read_fd, _READ_SIZE)
+            data = os.read(self.read_fd, _READ_SIZE)
         except BlockingIOError:
             return 0
         if not data:
@@ -228,7 +241,7 @@ class Drain:
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._sink.forget(self._read_fd)
+            self._sink.forget(self.read_fd)
 
 
 class _Sink:
@@ -241,6 +254,7 @@ class _Sink:
       that the room suffices: ``PIPE_BUF`` bytes for a pipe, for a terminal a single one.
 
     Attributes:
+        source: The descriptor of somebody else, or None.
         pending: What waits for room; bounded.
         dropped: Bytes that the sink should have got.
     """
@@ -248,7 +262,7 @@ class _Sink:
     def __init__(self, source: int | None, cap: int) -> None:
         self.pending = bytearray()
         self.dropped = 0
-        self._source = source
+        self.source = source
         self._left = cap
         self._warned = False
         self._fd: int | None = None
@@ -258,10 +272,10 @@ class _Sink:
 
     def open(self, read_fd: int) -> None:
         """Get ready to write; ``read_fd`` is watched along with the sink. A failure gives the sink up."""
-        if self._source is None or self._fd is not None:
+        if self.source is None or self._fd is not None:
             return
         try:
-            self._open(self._source)
+            self._open(self.source)
             if not self._watch(read_fd):
                 self._chunk = _READ_SIZE
         except OSError as error:
@@ -269,7 +283,7 @@ class _Sink:
 
     def offer(self, data: bytes) -> None:
         """Take what may be taken; the rest is dropped and counted."""
-        if self._source is None:
+        if self.source is None:
             return
         room = 0 if self._fd is None else max(0, min(self._left, _PENDING_MAX - len(self.pending)))
         if room < len(data):

@@ -31,6 +31,7 @@ from vmactor.actors.vocabulary import (
 )
 from vmactor.config import RawConfig
 from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain, Lines
+from vmactor.drains import Drains
 from vmactor.errors import (
     DeadlineExceededError,
     IllegalStateError,
@@ -112,6 +113,7 @@ class RunSpec:
         renew: Makes the VM's place ready for another run; may raise ``OSError``.
         boots: Where its starts wait for their turn.
         reservation: What it was promised.
+        drains: Read its pipes, but those that are copied.
     """
 
     name: str
@@ -126,6 +128,7 @@ class RunSpec:
     renew: Callable[[], None] = lambda: None
     boots: BootQueue = field(default_factory=lambda: BootQueue(1))
     reservation: Reservation = field(default_factory=_unbounded)
+    drains: Drains = field(default_factory=Drains)
 
 
 class Run:
@@ -219,14 +222,21 @@ class Run:
             exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
             self._post(self.account(VmmExit(UNKNOWN, DeathReason.START_FAILED, str(exhausted))))
             return
+        common = self._spec.drains
         try:
             async with anyio.create_task_group() as drains:
-                for drain in pipes.drains:
+                alone = [drain for drain in pipes.drains if not common.add(drain)]
+                for drain in alone:
                     drains.start_soon(drain.run)
                 ended = await self._until_exit(pipes)
                 for drain in pipes.drains:
                     drain.finish_soon()
+                    if drain not in alone:
+                        common.remove(drain)
+                        await drain.run()
         finally:
+            for drain in pipes.drains:
+                common.remove(drain)
             pipes.close()
         self._post(self.account(ended))
 

@@ -38,6 +38,7 @@ from vmactor.actors.vm import VmActor, VmContext
 from vmactor.app_config import AppConfig
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
+from vmactor.drains import Drains
 from vmactor.errors import (
     IllegalArgumentError,
     IllegalStateError,
@@ -134,6 +135,7 @@ class VirtualizationService:
         self._policy = policy or Policy()
         self._actors: dict[int, VmActor] = {}
         self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
+        self._drains = Drains()
         self._sampler = UsageSampler(
             lambda: self.bus.asked_for(UsageSampled),
             lambda: [actor.sample for _, actor in sorted(self._actors.items())],
@@ -178,6 +180,7 @@ class VirtualizationService:
             await self._supervisor.start("sampler", self._sampler.run)
             await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
             await self._supervisor.start("records", self._records.run)
+            await self._supervisor.start("drains", self._drains.run)
             if left := leftovers.find(self._state):
                 await self._supervisor.start("reaper", partial(self._reap, left))
             self._entered = entered.pop_all()
@@ -362,6 +365,7 @@ class VirtualizationService:
                 partial(self._places.renew, place),
                 self._boots,
                 reservation,
+                self._drains,
             )
             info = VmInfo(
                 cid=place.cid,
