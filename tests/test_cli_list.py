@@ -171,7 +171,7 @@ crosvm              no   no crosvm in PATH
                          to have it: build it
 simulated           yes  /usr/bin/simulated
 platform            no   no guest for apps in /apex
-                         to have it: give its directory with --platform to 'run-app'
+                         to have it: give its directory with --platform
 
 --vmm auto picks qemu (emulated; platform version 1.0.0) with hybrid vsock:
   - a
@@ -224,6 +224,21 @@ def test_what_was_found_can_be_json(cli: Cli) -> None:
     }
     assert set(found["findings"]) >= {"kvm", "vhost_vsock", "qemu", "crosvm", "vhost_device_vsock"}
     assert json.loads(json.dumps(info.describe(FACTS, "auto"))) == info.describe(FACTS, "auto")
+
+
+def test_the_guests_for_apps_of_a_platform_elsewhere_are_told(cli: Cli, tmp_path: Path) -> None:
+    code, out, _err = cli.run("info", "--platform", tmp_path)
+    assert code == 0
+    assert f"no guest for apps in {tmp_path}" in out
+    parts = tmp_path / "com.android.virt" / "etc"
+    parts.mkdir(parents=True)
+    for name in ("microdroid.json", "microdroid_initrd_normal.img", "microdroid_initrd_debuggable.img"):
+        (parts / name).touch()
+    _code, out, _err = cli.run("info", "--platform", tmp_path, "--json")
+    (found,) = rows(out)
+    assert found["platform"] == {"root": str(tmp_path), "guests": ["microdroid"]}
+    _code, out, _err = cli.run("info", "--platform", tmp_path)
+    assert f"microdroid in {tmp_path}" in out
 
 
 def test_what_was_found_is_readable_through_a_pipe(cli: Cli) -> None:

@@ -34,14 +34,14 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 async def _run(args: argparse.Namespace) -> ExitCode:
     facts = await anyio.to_thread.run_sync(probe)
-    found = describe(facts, args.vmm)
+    found = describe(facts, args.vmm, args.platform)
     text = to_json(found) if args.json else for_people(found, colour=wants_colour(STDOUT))
     await Writer(STDOUT).write(text.encode(errors="backslashreplace"))
     return ExitCode.OK
 
 
-def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
-    """Everything in JSON-ready form: the host, each thing looked for, and the choice for ``vmm``.
+def describe(facts: HostFacts, vmm: str, platform: Path = DEFAULT_ROOT) -> dict[str, Any]:
+    """Everything in JSON-ready form: host and platform, each thing looked for, and the choice for ``vmm``.
 
     ``selected`` is None where VMs cannot run; ``error`` then says why and what to do.
     """
@@ -56,7 +56,7 @@ def describe(facts: HostFacts, vmm: str) -> dict[str, Any]:
         "cpus": facts.cpus,
         "nested": facts.nested,
         "findings": findings,
-        "platform": {"root": str(DEFAULT_ROOT), "guests": Platform().guests()},
+        "platform": {"root": str(platform), "guests": Platform(platform).guests()},
         "wanted": vmm,
         "selected": None,
         "room": None,
@@ -116,14 +116,13 @@ def for_people(found: dict[str, Any], *, colour: bool = False) -> str:
         lines.append(f"{name.replace('_', '-'):<19} {word} {brackets(finding['found'])}")
         if finding["advice"]:
             lines.append(f"{'':<24} to have it: {brackets(finding['advice'])}")
-    guests, root = found["platform"]["guests"], found["platform"]["root"]
+    guests, root = found["platform"]["guests"], shown(found["platform"]["root"])
     word = paint(f"{'yes' if guests else 'no':<4}", GOOD if guests else BAD, on=colour)
     names = ", ".join(shown(name) for name in guests)
-    lines.append(
-        f"{'platform':<19} {word} {names + ' in ' + root if guests else f'no guest for apps in {root}'}"
-    )
+    where = f"{names} in {root}" if guests else f"no guest for apps in {root}"
+    lines.append(f"{'platform':<19} {word} {where}")
     if not guests:
-        lines.append(f"{'':<24} to have it: give its directory with --platform to 'run-app'")
+        lines.append(f"{'':<24} to have it: give its directory with --platform")
     lines.append("")
     selected = found["selected"]
     if selected is None:

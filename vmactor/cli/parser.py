@@ -134,13 +134,7 @@ def _add_run_microdroid(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 def _add_app_options(run: argparse.ArgumentParser, *, debug: str) -> None:
     run.add_argument("--name", default="VmRunApp", help="the VM's name (default: VmRunApp)")
-    run.add_argument(
-        "--platform",
-        metavar="DIR",
-        type=Path,
-        default=Path("/apex"),
-        help="the tree with the guest's parts (default: /apex)",
-    )
+    _add_platform(run)
     run.add_argument("--storage", metavar="PATH", type=Path, help="encrypted store; made if missing")
     run.add_argument(
         "--storage-size",
@@ -194,6 +188,16 @@ def _add_list(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_json(listing, "print JSON, one VM a line")
 
 
+def _add_platform(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--platform",
+        metavar="DIR",
+        type=Path,
+        default=Path("/apex"),
+        help="the tree with the parts of guests for apps (default: /apex)",
+    )
+
+
 def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
     info = _add(commands, "info", "tell what this host can do for VMs, what is chosen, and how to get more")
     info.add_argument(
@@ -205,6 +209,7 @@ def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="instead, tell what this user's managers do now: who lives, restarts, mailboxes, errors; of "
         "all VMs, or of one",
     )
+    _add_platform(info)
     _add_state_dir(info)
     _add_vmm(info)
     _add_json(info, "print one JSON object")
