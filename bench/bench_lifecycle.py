@@ -9,14 +9,10 @@ A life: create, start, payload ready, stop, died. In turns, in one process, at t
 
 What counts are the ratios of lives per second within a round. The processor time is this process's own, per
 life; it changes less than the rates when others use the machine.
-
-First, VMs stay ready and nothing happens: what each keeps of this process, and what it costs to have them.
 """
 
 import argparse
-import gc
 import os
-import resource
 import signal
 import socket
 import statistics
@@ -40,9 +36,7 @@ from vmactor.messages import Died, PayloadReady
 OK: Final = b"\x94\x01%c\xc0\xc0"
 """The answer to a request, by its number."""
 WAYS: Final = ("vmactor", "bare", "spawn")
-CONCURRENCY: Final = (1, 50, 500)
-IDLE: Final = 500
-IDLE_SECONDS: Final = 10.0
+CONCURRENCY: Final = (1, 100, 1000)
 
 
 @dataclass(frozen=True)
@@ -173,75 +167,17 @@ async def measure(concurrency: int, lives: int, rounds: int) -> dict[str, list[F
     return found
 
 
-async def idle(count: int) -> str:
-    """A row of the table of VMs that are ready and do nothing."""
-    with tempfile.TemporaryDirectory(prefix="vma", dir=memory_directory()) as name:
-        directory = Path(name)
-        with (directory / "kernel").open("w+b") as kernel:
-            async with VirtualizationService(vmm="simulated", state_directory=directory / "s") as service:
-                turns = anyio.CapacityLimiter(50)
-                vms = []
-
-                async def ready(number: int) -> None:
-                    script = 'vmactor.script="started;ready;hang"'
-                    config = RawConfig(name=f"sim-{number}", kernel=kernel, params=script)
-                    async with turns:
-                        vms.append(vm := await service.create_vm(config))
-                        with vm.events() as events:
-                            await vm.start()
-                            while not isinstance(await anext(events), PayloadReady):
-                                pass
-
-                await ready(-1)  # what the first one alone loads is no other's cost
-                memory, descriptors = resident(), open_descriptors()
-                async with anyio.create_task_group() as starts:
-                    for number in range(count):
-                        starts.start_soon(ready, number)
-                await anyio.sleep(1)
-                memory, descriptors = resident() - memory, open_descriptors() - descriptors
-                used, woken = time.process_time(), wake_ups()
-                await anyio.sleep(IDLE_SECONDS)
-                used, woken = time.process_time() - used, wake_ups() - woken
-    return (
-        f"| {count} | {descriptors / count:.2f} | {memory / count / 1024:.0f} "
-        f"| {used / IDLE_SECONDS:.2%} | {woken / IDLE_SECONDS:.1f} |"
-    )
-
-
-def resident() -> int:
-    """Bytes of memory that this process alone has."""
-    gc.collect()
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return 1024 * sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_"))
-
-
-def open_descriptors() -> int:
-    """How many descriptors this process has."""
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def wake_ups() -> int:
-    """How often this process has waited."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
-
-
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--lives", type=int, default=300, help="lives per round and way, at least")
     parser.add_argument("--concurrency", type=int, nargs="*", default=CONCURRENCY)
-    parser.add_argument("--idle", type=int, default=IDLE, help="VMs that stay ready")
     parser.add_argument("--uvloop", action="store_true")
     parser.add_argument("--trio", action="store_true")
     args = parser.parse_args()
     backend = "trio" if args.trio else "asyncio"
     options = {} if args.trio else {"use_uvloop": args.uvloop}
-    # First, because a heap that has been used takes VMs in without growing.
-    print("| VMs ready | descriptors each | KiB each | idle: of a processor | wake-ups a second |")
-    print("|---|---|---|---|---|")
-    print(anyio.run(idle, args.idle, backend=backend, backend_options=options), flush=True)
-    print()
     print(
         "| at a time | vmactor / bare | vmactor / spawn | lives a second: vmactor | bare | spawn "
         "| ms of processor a life: vmactor | bare | spawn |"

@@ -156,7 +156,9 @@ class Process:
                 close_fds=True,
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
-                env={**(_OTHERS_ENVIRONMENT if other else os.environ), **(env or {})},
+                env={**(_OTHERS_ENVIRONMENT if other else os.environ), **(env or {})}
+                if other or env
+                else None,
                 cwd=cwd,
             )
 

@@ -516,8 +516,11 @@ static enum outcome do_ready(struct track *track, char *rest) {
 }
 
 static enum outcome do_finished(struct track *track, char *rest) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    uint32_t microseconds = (uint32_t)(now.tv_sec * 1000000ull + (uint64_t)now.tv_nsec / 1000) & INT32_MAX;
     begin_request(track, "notifyPayloadFinished", 1);
-    pack_number(track, 0xd2, (uint32_t)strtol(rest, NULL, 0), 4);
+    pack_number(track, 0xd2, strcmp(rest, "clock") ? (uint32_t)strtol(rest, NULL, 0) : microseconds, 4);
     return report(track);
 }
 
