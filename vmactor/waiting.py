@@ -24,7 +24,7 @@ import anyio
 import sniffio
 
 if TYPE_CHECKING:
-    from _typeshed import FileDescriptorLike
+    from _typeshed import FileDescriptorLike, HasFileno
 
 
 class Waiter(Protocol):
@@ -302,3 +302,47 @@ async def _look(fd: "FileDescriptorLike", event: int, error: OSError) -> None:
     looking.register(fd, event)
     while not looking.poll(0):  # noqa: ASYNC110 - that is what there is no event for
         await anyio.sleep(_LOOK_SECONDS)
+
+
+async def each_time_readable(file: "HasFileno", callback: Callable[[], bool]) -> None:
+    """Call a function whenever a descriptor is readable, until it gives False or raises.
+
+    On asyncio it is called by the loop itself: to wake a task each time would cost more than most reads.
+    """
+    if sniffio.current_async_library() == "asyncio":
+        loop = asyncio.get_running_loop()
+        done: Future[None] = loop.create_future()
+
+        def ready() -> None:
+            if done.done():
+                return
+            try:
+                if not callback():
+                    done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        try:
+            loop.add_reader(file.fileno(), ready)
+        except OSError as error:
+            if error.errno not in _LACKING:
+                raise
+        else:
+            try:
+                await done
+            finally:
+                loop.remove_reader(file.fileno())
+            return
+    while True:
+        await readable(file)
+        if not callback():
+            return
+
+
+def soon() -> Callable[[Callable[[], object]], object]:
+    """What calls a function in the running loop's next turn; keep it, finding out costs more than calling."""
+    if sniffio.current_async_library() == "asyncio":
+        return asyncio.get_running_loop().call_soon
+    import trio  # noqa: PLC0415
+
+    return trio.lowlevel.current_trio_token().run_sync_soon
