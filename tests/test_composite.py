@@ -356,6 +356,25 @@ def test_a_broken_table_is_a_typed_error(disk: bytes, message: str) -> None:
 # -- Descriptors --------------------------------------------------------------------------------------
 
 
+def test_an_assembled_disk_has_the_guids_of_its_partitions(tmp_path: Path) -> None:
+    guid = UUID("00112233-4455-6677-8899-aabbccddeeff")
+    (tmp_path / "p").write_bytes(b"A" * 4096)
+    with ExitStack() as opened:
+        file = opened.enter_context((tmp_path / "p").open("rb"))
+        parts = [Partition("a", file, guid=str(guid)), Partition("b", file)]
+        composite = assemble(parts, opened, guids=counted())
+        planned = plan([Part("a", 4096, guid=guid), Part("b", 4096)], guids=counted())
+        header = composite.pieces[0]
+        assert os.pread(header.fd, header.length, 0) == planned.header
+        assert guid.bytes_le in planned.header
+
+
+def test_a_guid_is_on_a_disk_once() -> None:
+    twice = [Part(label, 4096, guid=UUID(int=7)) for label in "ab"]
+    with pytest.raises(IllegalArgumentError, match="duplicate partition GUID"):
+        plan(twice, guids=counted())
+
+
 def test_an_assembled_disk_is_the_one_that_was_planned_and_crosvm_finds_every_piece_of_it(
     tmp_path: Path,
 ) -> None:

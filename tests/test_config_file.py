@@ -6,6 +6,7 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import example, given
@@ -218,10 +219,21 @@ def test_fields_of_later_aosp_versions_are_refused_by_name(field: str, hint: str
         parse_config(text_of(**{field: False}))
 
 
-def test_a_partition_guid_is_refused_by_name() -> None:
-    disk = {"partitions": [{"label": "p", "path": "x", "guid": "0"}], "writable": False}
-    with pytest.raises(UnsupportedOperationError, match=r"^disks\[0\]\.partitions\[0\]\.guid: not supported"):
-        parse_config(text_of(disks=[disk]))
+def with_guid(guid: object) -> VmConfigFile:
+    disk = {"partitions": [{"label": "p", "path": "x", "guid": guid}], "writable": False}
+    return parse_config(text_of(disks=[disk]))
+
+
+def test_a_partition_may_have_a_guid() -> None:
+    guid = "00112233-4455-6677-8899-aabbccddeeff"
+    assert with_guid(guid).disks[0].partitions[0].guid == UUID(guid)
+    assert with_guid(None).disks[0].partitions[0].guid is None
+
+
+@pytest.mark.parametrize("guid", ["0", "", 7, "00112233-4455-6677-8899-aabbccddeefg"])
+def test_what_is_no_guid_is_refused(guid: object) -> None:
+    with pytest.raises(IllegalArgumentError, match=r"^disks\[0\]\.partitions\[0\]\.guid\b"):
+        with_guid(guid)
 
 
 @pytest.mark.parametrize(

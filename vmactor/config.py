@@ -17,13 +17,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol, Self
+from uuid import UUID
 
 from vmactor.config_rules import (
     check_boot,
+    check_guids,
     check_labels,
     check_memory,
     check_params,
     check_task_profiles,
+    parse_guid,
     parse_requirement,
 )
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, UnsupportedOperationError
@@ -92,6 +95,7 @@ class Partition:
         writable: Whether the guest may write to it, if the disk is writable too.
         format: As in ``DiskImage``.
         size: Of the disk in the file, in bytes; found when a VM is made of it, and before each start.
+        guid: What tells it from all others, as a UUID or its text; None for a random one at each start.
     """
 
     label: str
@@ -99,6 +103,7 @@ class Partition:
     writable: bool = False
     format: ImageKind | None = None
     size: int | None = None
+    guid: UUID | None = None
 
     def __init__(
         self,
@@ -107,12 +112,15 @@ class Partition:
         writable: bool = False,
         format: str | None = None,  # noqa: A002
         size: int | None = None,
+        *,
+        guid: UUID | str | None = None,
     ) -> None:
         object.__setattr__(self, "label", label)
         object.__setattr__(self, "image", descriptor_number("partition image", image))
         object.__setattr__(self, "writable", writable)
         object.__setattr__(self, "format", _format("partition format", format))
         object.__setattr__(self, "size", size)
+        object.__setattr__(self, "guid", None if guid is None else parse_guid(guid))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -348,6 +356,7 @@ def _check_disk(path: str, disk: DiskImage) -> None:
     if disk.partitions:
         with about(path):
             check_labels([part.label for part in disk.partitions])
+            check_guids(part.guid for part in disk.partitions)
         if not all(type(part.writable) is bool for part in disk.partitions):
             raise IllegalArgumentError(f"{path}: writable of each partition must be True or False")
 

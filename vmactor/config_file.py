@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 from vmactor.config import (
     DISK_FORMATS,
@@ -32,6 +33,7 @@ from vmactor.config_rules import (
     check_memory,
     check_params,
     check_task_profiles,
+    parse_guid,
     parse_requirement,
 )
 from vmactor.errors import IllegalArgumentError
@@ -66,7 +68,6 @@ _LATER: Final = {
         "instance identities are not supported yet": "instance_id instance_id_file want_updatable",
         "snapshots are not supported yet": "snapshot start_suspended",
         "it belongs to the host's hypervisor": "enable_hypervisor_specific_auth_method enable_guest_ffa",
-        "GUIDs of partitions cannot be chosen yet": "guid",
         "not for raw configurations": "apk idsig payload vendor_image encrypted_storage_image",
     }.items()
     for name in names.split()
@@ -81,6 +82,7 @@ class PartitionFile:
     path: str
     writable: bool = False
     format: ImageKind | None = None
+    guid: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +176,20 @@ def _format(value: object, path: str) -> ImageKind:
     return ImageKind(value)
 
 
+def _guid(value: object, path: str) -> UUID:
+    with about(path):
+        return parse_guid(text(value, path))
+
+
 _PARTITION: Final = object_of(
-    PartitionFile, "label path", _LATER, label=_label, path=_file_path, writable=flag, format=or_null(_format)
+    PartitionFile,
+    "label path",
+    _LATER,
+    label=_label,
+    path=_file_path,
+    writable=flag,
+    format=or_null(_format),
+    guid=or_null(_guid),
 )
 _DISK: Final = object_of(
     DiskFile,
@@ -320,7 +334,7 @@ def load_config(
                     part_file = file(
                         f"{at}.partitions[{j}].path", part.path, writable=part.writable, disk=True
                     )
-                    parts.append(Partition(part.label, part_file, part.writable, part.format))
+                    parts.append(Partition(part.label, part_file, part.writable, part.format, guid=part.guid))
                 disks.append(DiskImage(image, disk.writable, parts, disk.format))
             # The duplicates are the result; the originals are closed in any case.
             return RawConfig(

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, cast
+from uuid import UUID
 
 from vmactor.errors import IllegalArgumentError
 from vmactor.platform_version import VersionRequirement
@@ -64,6 +65,28 @@ def check_label(label: object) -> str:
             "characters, where those beyond the basic plane (emoji) count twice"
         )
     return label
+
+
+def parse_guid(value: object) -> UUID:
+    """The GUID of a partition, from one or from its text. Raises IllegalArgumentError."""
+    if isinstance(value, UUID):
+        return value
+    try:
+        return UUID(cast("str", value))
+    except (AttributeError, TypeError, ValueError):
+        raise IllegalArgumentError(
+            f"{escape(repr(value), limit=100)} is no GUID; write it like 01234567-89ab-cdef-0123-456789abcdef"
+        ) from None
+
+
+def check_guids(guids: Iterable[UUID | None]) -> None:
+    """Check that no two partitions of a disk have the same GUID. Raises IllegalArgumentError."""
+    seen: set[UUID] = set()
+    for guid in guids:
+        if guid in seen:
+            raise IllegalArgumentError(f"duplicate partition GUID {guid}; leave one of them out")
+        if guid is not None:
+            seen.add(guid)
 
 
 def _utf16_units(text: str) -> int:

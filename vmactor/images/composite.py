@@ -19,7 +19,7 @@ from typing import Any, Final
 from uuid import UUID, uuid4
 
 from vmactor.config import Partition
-from vmactor.config_rules import check_labels
+from vmactor.config_rules import check_guids, check_labels
 from vmactor.errors import ImageError
 from vmactor.images import qcow2
 from vmactor.images.files import size_of
@@ -132,10 +132,12 @@ def plan(
         guids: Called for each partition without a GUID, in order, then for the disk's own.
 
     Raises:
-        IllegalArgumentError: A label is empty, too long or there twice, or the number of partitions is wrong.
+        IllegalArgumentError: A label is empty or too long, a label or GUID is there twice, or the number of
+            partitions is wrong.
         ImageError: A size will not do: none at all, not a multiple of 4,096 and writable, or too much.
     """
     check_labels([part.label for part in parts])
+    check_guids(part.guid for part in parts)
     entries, components = [], [Component(Made.HEADER, 0, BEGINNING)]
     offset = BEGINNING
     for number, part in enumerate(parts):
@@ -358,7 +360,7 @@ def assemble(
     for part in partitions:
         with about(f'Partition "{escape(part.label)}"'):
             size = disk_size(part.image, part.format) if part.size is None else part.size
-        parts.append(Part(part.label, size, part.writable))
+        parts.append(Part(part.label, size, part.writable, part.guid))
     laid_out = plan(parts, layout=layout, guids=guids)
     contents = {Made.HEADER: laid_out.header, Made.FOOTER: laid_out.footer, Made.FILLER: bytes(GRANULE)}
     made = {

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from enum import Enum, IntEnum
 from functools import cache
 from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from uuid import UUID
 
 from vmactor import messages
 from vmactor.app_config import AppConfig
@@ -71,10 +72,10 @@ def to_wire(value: Any) -> Any:
     kind = type(value)
     if value is None or kind in (int, str, bool, float, bytes, dict, Attached):
         return value
-    if isinstance(value, IntEnum):
-        return value.name
     if isinstance(value, Enum):
-        return value.value
+        return value.name if isinstance(value, IntEnum) else value.value
+    if isinstance(value, UUID):
+        return str(value)
     if isinstance(value, datetime):
         return value.isoformat(timespec="microseconds").replace("+00:00", "Z")
     if isinstance(value, list | tuple):
@@ -166,6 +167,8 @@ def _reader(kind: Any) -> _Reader:  # noqa: PLR0911 - one way out for each form
         return _float
     if kind is datetime:
         return _datetime
+    if kind is UUID:
+        return _uuid
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _enum(kind)
     if dataclasses.is_dataclass(kind):
@@ -199,6 +202,13 @@ def _datetime(value: Any, what: str, _strict: bool) -> datetime:
         return datetime.fromisoformat(value).astimezone(UTC)
     except (TypeError, ValueError, OverflowError):
         raise _wrong(what, "a time as RFC 3339 text", value) from None
+
+
+def _uuid(value: Any, what: str, _strict: bool) -> UUID:
+    try:
+        return UUID(value)
+    except (AttributeError, TypeError, ValueError):
+        raise _wrong(what, "a UUID as text", value) from None
 
 
 def _enum(kind: type[Enum]) -> _Reader:
