@@ -11,7 +11,7 @@ _NAME: Final = "vmactor.sock"
 
 
 def own_socket() -> Path | None:
-    """Where a daemon of this user listens; None if there is no such place (``XDG_RUNTIME_DIR`` is not set)."""
+    """Where a daemon of this user listens; None if there is no such place, without ``XDG_RUNTIME_DIR``."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
     if os.geteuid() == 0:
