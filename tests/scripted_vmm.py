@@ -28,7 +28,7 @@ from vmactor.messages import (
     VmInfo,
 )
 from vmactor.process import ExitStatus
-from vmactor.vmm.driver import Footprint, Launch, VmmExit
+from vmactor.vmm.driver import Footprint, Launch, LeftVmm, VmmExit
 from vmactor.vsock import HybridVsockTransport
 
 
@@ -88,6 +88,14 @@ class ScriptedVmm:
             tg.start_soon(until, self.ended)
         if not self.running.is_set():
             raise VmmError("the VMM ended")
+
+    async def take_over(self, *, suspended: bool) -> None:
+        await self._request(f"take_over {suspended}")
+
+    async def let_go(self) -> None:
+        self.calls.append("let_go")
+        self._close_channels()
+        self.closed = True
 
     async def wait(self) -> VmmExit:
         await self.ended.wait()
@@ -184,6 +192,9 @@ class ScriptedDriver:
         self.spawned.set()
         return self.vmm
 
+    async def adopt(self, left: LeftVmm) -> ScriptedVmm:
+        raise AssertionError("there is no process to adopt")
+
 
 @dataclass
 class Bench:
@@ -214,7 +225,7 @@ class Bench:
             bus=self.bus,
             transport=transport,
             listener=transport.listen(2048),
-            record=lambda info: self.log.append(f"record {info.state.name}"),
+            record=lambda info, _kept: self.log.append(f"record {info.state.name}"),
             clear=lambda: self.log.append("clear"),
             give_back=self._give_back,
             abandon=self._abandon,

@@ -18,6 +18,7 @@ from vmactor.actors.vocabulary import (
     BootWaits,
     Clear,
     ControlDone,
+    Detach,
     DropControl,
     Finish,
     GuestReported,
@@ -225,6 +226,13 @@ TABLE: dict[tuple[str, str], list[str]] = {
     ("dead", "Unpaused"): [],
     ("restartable", "Unpaused"): [],
     ("waiting", "Unpaused"): [],
+    ("not started", "Detach"): ["Clear", "removed", "Answer", "Finish"],
+    ("starting", "Detach"): ["KillRun"],  # there is no VMM yet
+    ("running", "Detach"): ["DisarmHangup", "LetGo", "Answer"],
+    ("dying", "Detach"): [],
+    ("dead", "Detach"): ["Answer"],
+    ("restartable", "Detach"): ["DisarmHangup", "LetGo", "Answer"],
+    ("waiting", "Detach"): ["Clear", "died", "Answer", "Finish"],
 }
 MESSAGES: dict[str, Message] = {
     "Start": Start(),
@@ -243,6 +251,7 @@ MESSAGES: dict[str, Message] = {
     "RunFailed": CRASHED,
     "HangupExpired": HangupExpired(1),
     "RestartDue": RestartDue(1),
+    "Detach": Detach(),
 }
 
 
@@ -255,7 +264,7 @@ def test_what_a_message_does_in_a_phase(phase: str, message: str) -> None:
     before = PHASES[phase]
     after, actions = transition(before, MESSAGES[message], "reply")
     assert kinds(actions) == TABLE[phase, message]
-    if not actions and message not in ("Stop", "Release", "PressPower", "RequestExit"):
+    if not actions and message not in ("Stop", "Release", "Detach", "PressPower", "RequestExit"):
         assert replace(after, stale=0) == before
 
 
@@ -267,6 +276,19 @@ def play(*steps: Message | tuple[Message, str], life: Life = FRESH) -> tuple[Lif
         life, actions = transition(life, message, reply)
         done += actions
     return life, done
+
+
+def test_a_manager_that_ends_refuses_what_a_kept_vm_was_asked_for_and_lets_nobody_wait() -> None:
+    busy = replace(STARTING, pid=7)
+    _, actions = play((Suspend(), "s"), (Detach(), "d"), life=replace(RUNNING, starter=None))
+    assert kinds(actions) == ["RunControl", "DisarmHangup", "LetGo", "IllegalStateError", "Answer"]
+    _, actions = play((Detach(), "d"), life=busy)
+    assert kinds(actions) == ["DisarmHangup", "LetGo", "IllegalStateError", "Answer"]
+
+
+@pytest.mark.parametrize("ending", [replace(RUNNING, stopping=True), replace(RUNNING, killed=True)])
+def test_a_vm_that_is_to_end_is_not_left_to_the_next_manager(ending: Life) -> None:
+    assert "LetGo" not in kinds(transition(ending, Detach(), "d")[1])
 
 
 def test_a_whole_good_life_in_its_order() -> None:

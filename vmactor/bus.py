@@ -54,6 +54,7 @@ class Bus(Generic[E]):
         history: How many events are kept for subscribers that were away.
         forgotten: Makes the event that stands for those that the history no longer holds, from the number of
             the last one and how many numbers they are.
+        record: Gets each event with its number before any subscriber has it; must not raise.
 
     Attributes:
         seq: The number of the last event published; 0 if there was none.
@@ -75,6 +76,7 @@ class Bus(Generic[E]):
         snapshot: Callable[[int, frozenset[Hashable] | None], E] | None = None,
         history: int = 0,
         forgotten: Callable[[int, int], E] | None = None,
+        record: Callable[[E], object] | None = None,
     ) -> None:
         if history and forgotten is None:
             raise ValueError("a history ends somewhere: say with 'forgotten' what is told of that")
@@ -88,10 +90,24 @@ class Bus(Generic[E]):
         self._about_all: dict[Subscription[E], None] = {}
         self._offering = False
         self._closed = False
+        self._record = record
         self.seq = 0
 
     def __repr__(self) -> str:
         return f"<Bus seq={self.seq} subscribers={len(self._subscriptions)} ended={len(self._ended)}>"
+
+    def go_on(self, seq: int, past: Iterable[E]) -> None:
+        """Go on where another bus ended; call it before anything is published or subscribed to.
+
+        Args:
+            seq: The number of the last event.
+            past: The last events, without a hole, up to that one; none if they are not known.
+        """
+        known = tuple(past)
+        self.seq = seq
+        for number, event in enumerate(known, seq - len(known) + 1):
+            self._history.append(event)
+            self._keep_end(self._terms.ends(event), number, event)
 
     # -- Publishing ------------------------------------------------------------------------------
 
@@ -162,12 +178,10 @@ class Bus(Generic[E]):
         # Copied, because filters may subscribe and close; those who come now are not meant any more.
         subscriptions = (*self._by_topic.get(terms.topic(event), ()), *self._about_all)
         self.seq = seq
+        if self._record is not None:
+            self._record(event)
         self._history.append(event)
-        if key is not None:
-            self._ended[key] = seq, event
-            self._ended.move_to_end(key)
-            if len(self._ended) > self._kept_ends:
-                self._ended.popitem(last=False)
+        self._keep_end(key, seq, event)
         self._offering = True
         try:
             for subscription in subscriptions:
@@ -177,6 +191,13 @@ class Bus(Generic[E]):
         finally:
             self._offering = False
         return event
+
+    def _keep_end(self, key: Hashable | None, seq: int, event: E) -> None:
+        if key is not None:
+            self._ended[key] = seq, event
+            self._ended.move_to_end(key)
+            if len(self._ended) > self._kept_ends:
+                self._ended.popitem(last=False)
 
     # -- Subscribing -----------------------------------------------------------------------------
 

@@ -94,6 +94,22 @@ class CidPool:
         finally:
             self._lock(_COUNTER, fcntl.F_UNLCK)
 
+    def advance(self, last: int, leap: int) -> None:
+        """Hand out none that may have been handed out before the host went down, with this file not written.
+
+        Nothing happens if the file says more than the caller knows.
+
+        Args:
+            last: A CID that was handed out; 0 for none.
+            leap: How many more may have been since.
+        """
+        count, counter = LAST - FIRST + 1, self._read(_COUNTER)
+        wanted = FIRST + (last + leap - FIRST) % count if FIRST <= last <= LAST else counter
+        ahead = (wanted - counter) % count if FIRST <= counter <= LAST else 1
+        if 0 < ahead < count // 2:
+            with suppress(OSError):
+                self._write(_COUNTER, wanted)
+
     def take(self, cid: int) -> bool:
         """Claim a CID that a crashed manager had, to clear away what is left; False if somebody holds it.
 
@@ -116,6 +132,12 @@ class CidPool:
             self._held.remove(cid)
             with suppress(OSError):  # no space: then only a wrap-around within 10 s could find it early
                 self._write(cid, self._now())
+            self._lock(_CLAIM_LOCKS + cid, fcntl.F_UNLCK)
+
+    def let_go(self, cid: int) -> None:
+        """Claim a CID no more, for the next manager to ``take``: its VM lives on. Never raises."""
+        if cid in self._held:
+            self._held.remove(cid)
             self._lock(_CLAIM_LOCKS + cid, fcntl.F_UNLCK)
 
     def is_held(self, cid: int) -> bool:

@@ -72,12 +72,14 @@ class LedgerRecord:
         boot: Where its process numbers mean anything, as ``boot_identity`` gives it.
         token: The word in the environment of the VM's processes.
         processes: In the order of their spawning.
+        keep: Whether the VM is to outlive its manager.
     """
 
     cid: int
     boot: str
     token: str
     processes: tuple[Spawned, ...]
+    keep: bool = False
 
 
 @functools.cache
@@ -100,8 +102,13 @@ class Ledger:
         self._count = 0
 
     @classmethod
-    def create(cls, directory: Path, cid: int) -> Self:
+    def create(cls, directory: Path, cid: int, *, keep: bool = False) -> Self:
         """Begin the ledger of a VM whose directory was just made.
+
+        Args:
+            directory: The VM's.
+            cid: Its CID.
+            keep: Whether it is to outlive its manager.
 
         Raises:
             OSError: No space, no descriptor, or there is one already.
@@ -109,7 +116,7 @@ class Ledger:
         ledger = cls(directory / NAME, secrets.token_hex(16))
         os.close(os.open(ledger._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         header = {"vmactor": VERSION, "cid": cid, "boot": boot_identity(), "token": ledger.token}
-        ledger._append(header | {"manager": os.getpid()})
+        ledger._append(header | {"manager": os.getpid(), "keep": keep})
         return ledger
 
     def intend(self, role: str, uid: int, channels: Mapping[str, int]) -> int:
@@ -225,7 +232,11 @@ def read_ledger(directory: Path, cid: int) -> LedgerRecord:
     for entry in entries[1:]:
         spawned.add(entry)
     return LedgerRecord(
-        cid, _typed(header, "boot", str), _typed(header, "token", str), tuple(spawned.processes)
+        cid,
+        _typed(header, "boot", str),
+        _typed(header, "token", str),
+        tuple(spawned.processes),
+        header.get("keep") is True,
     )
 
 

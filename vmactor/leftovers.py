@@ -13,11 +13,13 @@ begin at once; if that one crashes too, the next goes on where it stopped. Three
    with anything that cannot be told nothing is touched: it is kept and reported.
 
 No directory is removed while a process of its VM lives.
+
+A VM that was to be kept is not ended but left alone, for a service that keeps VMs: that one judges it in the
+same way, and adopts it if everything of it is known (``vmactor.actors.keeping``).
 """
 
 import errno
 import os
-import select
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
@@ -40,8 +42,8 @@ from vmactor.ledger import (
     read_ledger,
 )
 from vmactor.log import get_logger
-from vmactor.messages import Event, Orphaned, Reaped
-from vmactor.process import start_time_of
+from vmactor.messages import DeathReason, Died, Event, Orphaned, Reaped, death_reason_of_text
+from vmactor.process import has_ended, start_time_of
 from vmactor.state_dir import StateDirectory
 from vmactor.waiting import readable
 
@@ -92,11 +94,15 @@ class Leftover:
     Attributes:
         cid: Its CID.
         processes: What became of its processes.
-        trouble: Why it must be kept; empty if it can be ended.
+        trouble: Why it must be left as it is; empty if it can be ended.
+        keep: Whether it was to outlive its manager.
     """
 
-    def __init__(self, cid: int, processes: Iterable[Judged], trouble: str = "") -> None:
+    def __init__(
+        self, cid: int, processes: Iterable[Judged], trouble: str = "", *, keep: bool = False
+    ) -> None:
         self.cid = cid
+        self.keep = keep
         self.processes = tuple(processes)
         unknown = (judged.why for judged in self.processes if judged.standing is Standing.UNKNOWN)
         self.trouble = "; ".join(filter(None, (trouble, *unknown)))
@@ -119,15 +125,29 @@ def find(state: StateDirectory) -> list[int]:
     return [cid for cid in state.vm_cids() if not state.cids.is_held(cid)]
 
 
-async def reap(state: StateDirectory, cids: list[int], tell: Callable[[Event], object]) -> None:
-    """End VMs that were left behind, or keep them.
+def kept(state: StateDirectory, cids: Iterable[int]) -> list[int]:
+    """Those of them that were to outlive their managers. Blocks."""
+    found = []
+    for cid in cids:
+        with suppress(LedgerError, OSError):
+            if read_ledger(state.vm_directory(cid), cid).keep:
+                found.append(cid)
+    return found
+
+
+async def reap(
+    state: StateDirectory, cids: list[int], tell: Callable[[Event], object], *, keeper: bool = False
+) -> None:
+    """End VMs that were left behind, or leave them as they are.
 
     Cancelled, it leaves the rest to the next manager. So does a lack of descriptors.
 
     Args:
         state: Where they are.
         cids: What ``find`` found.
-        tell: Gets a ``Reaped`` or ``Orphaned`` for each that was not dealt with by another manager.
+        tell: Gets a ``Reaped`` or ``Orphaned`` for each that was not dealt with by another manager; or a
+            ``Died``, for one that was to be kept and whose VMM has ended.
+        keeper: Whether those that were to be kept are this manager's affair. If not, nobody is told of them.
     """
     for first in range(0, len(cids), AT_ONCE):
         taken = [cid for cid in cids[first : first + AT_ONCE] if state.cids.take(cid)]
@@ -137,6 +157,8 @@ async def reap(state: StateDirectory, cids: list[int], tell: Callable[[Event], o
                 leftovers += await anyio.to_thread.run_sync(judge, state, taken)
             async with anyio.create_task_group() as ending:
                 for leftover in leftovers:
+                    if leftover.keep and not keeper:
+                        continue
                     ending.start_soon(_deal_with, state, leftover, tell)
         finally:
             for leftover in leftovers:
@@ -165,6 +187,19 @@ async def _deal_with(state: StateDirectory, leftover: Leftover, tell: Callable[[
     _log.warning("ended what a crashed manager left", cid=cid, vm=header["name"], ended=", ".join(names))
     gone = [judged.why for judged in leftover.processes if judged.standing is Standing.GONE]
     details = [*gone, said.get("stderr", "").strip()]
+    if leftover.keep and header["generation"] and not any(one.role == "VMM" for one in leftover.living):
+        details.insert(0, "the VM ended while no manager was there to see it")
+        died = Died(
+            cid=cid,
+            reason=death_reason_of_text(said.get("failure", "")) or DeathReason.UNKNOWN,
+            adopted=True,
+            failure=said.get("failure", ""),
+            console_tail=said.get("console", ""),
+            detail="\n".join(filter(None, details)),
+            **header,
+        )
+        tell(died)
+        return
     reaped = Reaped(
         cid=cid,
         ended=tuple(names),
@@ -181,7 +216,7 @@ async def _end(leftover: Leftover) -> tuple[str, dict[str, str]]:
     with ExitStack() as stack:
         channels: dict[str, Drain] = {}
         for judged in leftover.living:
-            for name, fd in _channels(judged).items():
+            for name, fd in open_channels(judged).items():
                 stack.callback(os.close, fd)
                 channels.setdefault(name, Drain(fd, sink=None, sink_cap=0, tail=_TAILS.get(name, 0)))
         try:
@@ -231,7 +266,8 @@ def judge(state: StateDirectory, cids: Iterable[int]) -> list[Leftover]:
         except OSError as error:
             found.append(Leftover(cid, (), f"its ledger cannot be read: {error}"))
     bearers = _bearers({record.token for record in records.values()})
-    return found + [_judge(record, bearers.get(record.token, ())) for record in records.values()]
+    judged = [_judge(record, bearers.get(record.token, ())) for record in records.values()]
+    return found + judged
 
 
 def _judge(record: LedgerRecord, bearers: Iterable[int]) -> Leftover:
@@ -244,7 +280,7 @@ def _judge(record: LedgerRecord, bearers: Iterable[int]) -> Leftover:
         other = _bearer(pid, uids, record.token, channels)
         if other is not None:
             judged.append(other)
-    return Leftover(record.cid, judged)
+    return Leftover(record.cid, judged, keep=record.keep)
 
 
 def _identify(spawned: Spawned, token: str) -> Judged:
@@ -310,9 +346,7 @@ def _open(pid: int) -> int | None:
 
 
 def _ended(pidfd: int | None) -> bool:
-    poller = select.poll()
-    poller.register(-1 if pidfd is None else pidfd, select.POLLIN)
-    return bool(poller.poll(0))
+    return pidfd is None or has_ended(pidfd)
 
 
 def _uid(pid: int) -> int | None:
@@ -351,8 +385,11 @@ def _tokens(pid: int) -> set[str]:
 # -- Reading ---------------------------------------------------------------------------------------
 
 
-def _channels(judged: Judged) -> dict[str, int]:
-    """Read ends of the channels that a living process holds open; what cannot be had is left out."""
+def open_channels(judged: Judged) -> dict[str, int]:
+    """Read ends of the channels that a living process holds open, by name; for the caller to close.
+
+    What cannot be had is left out.
+    """
     wanted = {f"pipe:[{inode}]": name for name, inode in judged.channels.items()}
     found: dict[str, int] = {}
     with suppress(OSError):

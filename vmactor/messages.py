@@ -482,6 +482,8 @@ class Died(Event):
         rss_vmm_kib: The same for all of the VMM, the guest included.
         stopped_by: If somebody was stopping the VM: the last way that was tried before it ended. None if it
             ended by itself, was killed from outside, or had no VMM when it was stopped.
+        adopted: Whether another manager had started it. Then its exit status is nobody's here to learn:
+            ``exit_code`` and ``signal`` are None, and the reason is known by other witnesses or not at all.
     """
 
     kind = "died"
@@ -499,6 +501,7 @@ class Died(Event):
     rss_vm_kib: int = 0
     rss_vmm_kib: int = 0
     stopped_by: StopRung | None = None
+    adopted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -588,6 +591,46 @@ class Orphaned(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted(Event):
+    """A VM that was to be kept goes on under this manager; its own was killed, or ended and left it alive.
+
+    Everything that its manager knew and told of its state is in here: a last event that the crash cut off is
+    not made up for.
+
+    Attributes:
+        pid: The VMM's process.
+        state: The VM's public state.
+        payload: How far its payload had come.
+        suspended: Whether the virtual CPUs are paused.
+    """
+
+    kind = "adopted"
+    pid: int = 0
+    state: VirtualMachineState = VirtualMachineState.STARTING
+    payload: PayloadState = PayloadState.STARTING
+    suspended: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagerRestarted(Event):
+    """The stream goes on under another manager. It is of no VM, so its header names none.
+
+    Events that come next tell what became of each VM that lived: ``adopted``, or one that ends it.
+
+    Attributes:
+        pid: The manager.
+        clean: Whether the one before had ended in order.
+        lost: Whether events may be missing before this one, since the host went down or a file was damaged;
+            its number is far above the last one known then.
+    """
+
+    kind = "manager_restarted"
+    pid: int = 0
+    clean: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gap(Event):
     """This subscriber was too slow and missed events; ``seq`` is that of the last one missed."""
 
@@ -673,6 +716,7 @@ class VmInfo:
         restarts: How often it was started again by itself.
         restart_due: When it will be started again, UTC, while it waits for that.
         queued: Whether its start waits until fewer VMs are booting.
+        kept: Whether it outlives its manager.
     """
 
     cid: int
@@ -693,6 +737,7 @@ class VmInfo:
     restarts: int = 0
     restart_due: datetime | None = None
     queued: bool = False
+    kept: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as other processes and ``--json`` see it; without ``died``, which is an event."""

@@ -12,7 +12,8 @@ What it promises:
 - When somebody else took the exit status (a global reaper, or ``SIGCHLD`` ignored by the embedding program),
   the status is unknown. Nothing hangs.
 - A child has a session of its own: crosvm may kill its whole process group, which must not contain us. No
-  parent-death signal is used: the kernel binds it to the spawning thread.
+  parent-death signal is used: the kernel binds it to the spawning thread. So a child that is let go, or whose
+  parent was killed, lives on; ``adopt`` takes it over, with an exit status that nobody here will ever know.
 - A child has its user's rights and can never gain others: ``no_new_privs`` is set, the ambient and the
   inheritable capabilities are empty, and ``LIMITS`` hold (``_call_restricted`` says how).
 
@@ -108,6 +109,20 @@ class Process:
         self._pidfd = pidfd
         self._status = UNKNOWN if pidfd is None else None
         self._watched: Moment | None = None
+        self._adopted = False
+
+    @classmethod
+    def adopt(cls, pid: int, pidfd: int, args: Sequence[str]) -> Self:
+        """Take over a process that is most likely nobody's child here: its exit status is unknown then.
+
+        Args:
+            pid: Its number.
+            pidfd: Refers to it, opened before it was made sure which process this is; belongs to the result.
+            args: What it runs, for people.
+        """
+        process = cls(pid, pidfd, tuple(args))
+        process._adopted = True
+        return process
 
     @classmethod
     def spawn(
@@ -262,6 +277,13 @@ class Process:
         os.close(self._pidfd)
         self._pidfd = None
 
+    def let_go(self) -> None:
+        """Leave the process alone from now on, alive or not; no task may wait for it. Idempotent."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        self._status = self._status or UNKNOWN
+
     async def _watch(self) -> None:
         """Return when the status is known."""
         if self._pidfd is not None:
@@ -274,6 +296,8 @@ class Process:
     def _reap(self) -> bool:
         """Take the status if there is one; True if it is known."""
         if self._status is None and self._pidfd is not None:
+            if self._adopted and not has_ended(self._pidfd):
+                return False  # of what is no child, waitid says at once that there is none
             try:
                 # WNOHANG, because uvloop makes watched descriptors non-blocking, which waitid answers with
                 # EAGAIN
@@ -291,6 +315,13 @@ class Process:
                     with suppress(ChildProcessError):
                         os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         return self._status is not None
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process that a pidfd refers to has ended; reaps nothing."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def start_time_of(pid: int) -> int | None:

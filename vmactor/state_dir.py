@@ -110,8 +110,12 @@ class StateDirectory:
         """A VM's private directory, made or not."""
         return Path(f"{self._vms}{cid}")
 
-    def make_vm_directory(self, cid: int) -> tuple[Path, Ledger]:
+    def make_vm_directory(self, cid: int, *, keep: bool = False) -> tuple[Path, Ledger]:
         """Make a VM's private directory, which must not exist, and begin its ledger.
+
+        Args:
+            cid: Whose.
+            keep: Whether the VM is to outlive its manager.
 
         Raises:
             ResourceExhaustedError: No space, no descriptor, or no right to; nothing is left.
@@ -120,7 +124,7 @@ class StateDirectory:
         try:
             path.mkdir(mode=0o700)
             try:
-                return path, Ledger.create(path, cid)
+                return path, Ledger.create(path, cid, keep=keep)
             except OSError:
                 self.remove_vm_directory(cid)
                 raise

@@ -82,6 +82,17 @@ class VhostDeviceVsock:
             ) from error
         return cls(process, uds_path, vhost_path, read_end)
 
+    @classmethod
+    def adopt(cls, process: Process, directory: Path, stderr: int) -> Self:
+        """Take over a helper that another manager started.
+
+        Args:
+            process: It, known beyond doubt.
+            directory: Where its sockets are.
+            stderr: The read end of its pipe for complaints; belongs to the result.
+        """
+        return cls(process, directory / "vsock", directory / "vhost.sock", stderr)
+
     def __repr__(self) -> str:
         return f"<VhostDeviceVsock {self.process!r}>"
 
@@ -125,13 +136,21 @@ class VhostDeviceVsock:
     async def aclose(self) -> None:
         """End the helper, remove its sockets. Idempotent; not interrupted by cancellation."""
         await self.process.aclose()
+        await self._close()
+        for path in (self.uds_path, self._vhost_path):
+            path.unlink(missing_ok=True)
+
+    async def let_go(self) -> None:
+        """In place of ``aclose``: leave the helper, with its sockets, to the next manager."""
+        self.process.let_go()
+        await self._close()
+
+    async def _close(self) -> None:
         if self._stderr_fd is not None:
             with anyio.CancelScope(shield=True):
                 await self._stderr.finish()
             os.close(self._stderr_fd)
             self._stderr_fd = None
-        for path in (self.uds_path, self._vhost_path):
-            path.unlink(missing_ok=True)
 
     async def _connect(self, sock: socket.socket) -> None:
         """Connect as soon as the helper listens."""

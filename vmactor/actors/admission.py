@@ -193,6 +193,13 @@ class Admission:
         self.promised = tuple(map(add, self.promised, need))
         return Reservation(self, need)
 
+    def adopt(self, need: Need) -> "Reservation":
+        """Take note of a VM that is there already, whether there is room for it or not."""
+        self.promised = tuple(map(add, self.promised, need))
+        reservation = Reservation(self, need)
+        reservation.taken()
+        return reservation
+
     def check(self, need: Need = NOTHING) -> None:
         """Whether there is room for all that is promised, and for ``need``.
 

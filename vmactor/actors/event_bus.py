@@ -11,11 +11,15 @@ HISTORY: Final = 4096
 """How many events are kept for subscribers that were away."""
 
 
-def new_bus(snapshot: Callable[[int, frozenset[Hashable] | None], Snapshot] | None = None) -> Bus[Event]:
+def new_bus(
+    snapshot: Callable[[int, frozenset[Hashable] | None], Snapshot] | None = None,
+    record: Callable[[Event], object] | None = None,
+) -> Bus[Event]:
     """Make a bus whose topics are CIDs, and whose terminal events are the ends of VMs.
 
     Args:
         snapshot: Makes a snapshot of the present; see ``Bus``.
+        record: Gets each event before any subscriber has it.
     """
     return Bus(
         stamp=_stamp,
@@ -26,6 +30,7 @@ def new_bus(snapshot: Callable[[int, frozenset[Hashable] | None], Snapshot] | No
         snapshot=snapshot,
         history=HISTORY,
         forgotten=_forgotten,
+        record=record,
     )
 
 

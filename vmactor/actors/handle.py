@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import anyio
+import anyio.lowlevel
 from anyio.lowlevel import EventLoopToken, current_token
 
 from vmactor.actors.guest_connection import GuestRpcStatistics
@@ -54,14 +55,25 @@ _UP: Final = frozenset(
 class VirtualMachine:
     """A VM, as its creator holds it; made by ``VirtualizationService.create_vm``.
 
-    Use it as an async context manager, or keep a reference for as long as the VM should live.
+    Use it as an async context manager, or keep a reference for as long as the VM should live. A VM that is
+    kept needs no handle to live: it ends by itself or by ``stop`` and ``shutdown``.
     """
 
-    def __init__(self, actor: VmActor, bus: Bus[Event]) -> None:
+    def __init__(self, actor: VmActor, bus: Bus[Event], *, holds: bool = True) -> None:
+        """Make a handle.
+
+        Args:
+            actor: The VM's.
+            bus: Its service's.
+            holds: Whether the VM goes with the handle, unless it is kept.
+        """
         self._actor = actor
         self._bus = bus
+        self._holds = holds
         self._drop = weakref.finalize(self, _dropped, actor, current_token())
         self._drop.atexit = False
+        if actor.keeps or not holds:
+            self._drop.detach()
 
     def __repr__(self) -> str:
         return repr(self._actor)
@@ -268,17 +280,28 @@ class VirtualMachine:
         await self._actor.publish_and_wait(message)
 
     async def wait(self) -> Died | None:
-        """Wait until the VM is dead and nothing of it is left; None if it was never started."""
+        """Wait until the VM is dead and nothing of it is left.
+
+        Returns:
+            How its last run ended; None if it was never started, or lives on because it is kept and the
+            service ended.
+        """
         await self._actor.ended.wait()
         return self._actor.info.died
 
     async def aclose(self) -> None:
         """Give the VM up: kill it if it runs, and wait until nothing of it is left, even when cancelled.
 
+        A VM that is kept, and was started, goes on; so does one that this handle does not hold.
+
         Raises:
             DeadlineExceededError: It is still there after ``STOP_SECONDS``, or has survived its kill.
         """
         self._drop.detach()
+        started = self._actor.info.state is not VirtualMachineState.NOT_STARTED
+        if not self._holds or (self._actor.keeps and started):
+            await anyio.lowlevel.checkpoint()
+            return
         self._actor.release()
         with anyio.move_on_after(STOP_SECONDS, shield=True):
             await self._actor.ended.wait()

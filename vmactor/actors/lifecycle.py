@@ -24,6 +24,7 @@ from vmactor.actors.vocabulary import (
     BootWaits,
     Clear,
     ControlDone,
+    Detach,
     DisarmHangup,
     DropControl,
     EndRun,
@@ -31,6 +32,7 @@ from vmactor.actors.vocabulary import (
     GuestReported,
     HangupExpired,
     KillRun,
+    LetGo,
     Message,
     Publish,
     Refuse,
@@ -198,6 +200,8 @@ def transition(life: Life, message: Message, reply: Hashable = None) -> Step:  #
             return _stop(life, rung, reply)
         case Release():
             return _release(life, reply)
+        case Detach():
+            return _detach(life, reply)
         case Suspend() | Resume() | TrimMemory():
             return _control(life, message, reply)
         case _ if message.generation != life.generation:
@@ -305,6 +309,16 @@ def _release(life: Life, reply: Hashable) -> Step:
     if life.phase is Phase.NOT_STARTED:
         return replace(life, phase=Phase.DEAD), [Clear(), Publish(Removed()), Answer(reply), Finish()]
     return _stop(life, StopRung.KILL, reply)
+
+
+def _detach(life: Life, reply: Hashable) -> Step:
+    """Leave a VM that is up to the next manager; whatever is not, or is to end, ends as ever."""
+    if not life.alive or life.pid is None or life.stopping or life.killed:
+        return _release(life, reply)
+    error = IllegalStateError("the manager ends; the VM is kept, so ask the next one")
+    waiting = [who for who in (life.starter, *(who for _, who in life.controls)) if who is not None]
+    actions: list[Action] = [DisarmHangup(), LetGo(), *(Refuse(who, error) for who in waiting)]
+    return replace(life, starter=None, controls=()), [*actions, Answer(reply)]
 
 
 def _running(life: Life) -> Step:
@@ -426,6 +440,7 @@ def _ended(life: Life, run: RunEnded) -> Step:
         rss_vm_kib=run.peak.guest_kib,
         rss_vmm_kib=run.peak.total_kib,
         stopped_by=_stopped_by(life, run),
+        adopted=run.adopted,
     )
     gone = IllegalStateError(f"{NOT_RUNNING}: it died while the request waited")
     refused: list[Action] = [Refuse(reply, gone) for _, reply in life.controls]

@@ -7,7 +7,7 @@ descriptor or socket of the run is left.
 
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from anyio.abc import TaskStatus
 from vmactor import usage
 from vmactor.actors.admission import NOTHING, Admission, AdmissionPolicy, Reservation
 from vmactor.actors.boots import BootQueue
+from vmactor.actors.keeping import Inheritance
 from vmactor.actors.vocabulary import (
     NOT_RUNNING,
     BootBegins,
@@ -54,6 +55,7 @@ from vmactor.vmm.driver import (
     DirectVsock,
     KernelVsock,
     Launch,
+    LeftVmm,
     VhostUserVsock,
     Vmm,
     VmmDriver,
@@ -114,6 +116,7 @@ class RunSpec:
         boots: Where its starts wait for their turn.
         reservation: What it was promised.
         drains: Read its pipes, but those that are copied.
+        keep: Whether it is to outlive its manager.
     """
 
     name: str
@@ -129,6 +132,7 @@ class RunSpec:
     boots: BootQueue = field(default_factory=lambda: BootQueue(1))
     reservation: Reservation = field(default_factory=_unbounded)
     drains: Drains = field(default_factory=Drains)
+    keep: bool = False
 
 
 class Run:
@@ -137,14 +141,35 @@ class Run:
     Attributes:
         vmm: The VMM, once spawned.
         survivors: The processes that outlived SIGKILL, for people.
+        generation: Its number.
     """
 
-    def __init__(self, spec: RunSpec, generation: int, post: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        generation: int,
+        post: Callable[[Message], None],
+        inheritance: Inheritance | None = None,
+        *,
+        suspended: bool = False,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            spec: What it is made from.
+            generation: Its number.
+            post: Tells the VM's actor.
+            inheritance: Its processes, where another manager began it; belongs to the run.
+            suspended: Whether that one had paused its virtual CPUs.
+        """
         self.vmm: Vmm | None = None
         self.survivors: list[str] = []
+        self.generation = generation
+        self._inheritance = inheritance
+        self._suspended = suspended
+        self._left_alive = False
         self._helper: VhostDeviceVsock | None = None
         self._spec = spec
-        self._generation = generation
         self._post = post
         self._began = anyio.current_time()
         self._killed = False
@@ -160,7 +185,10 @@ class Run:
     @property
     def vsock_peer(self) -> int | None:
         """The process whose vsock connections are the guest's, while it lives; numbers are used again."""
-        helper = self._helper
+        helper, inherited = self._helper, self._inheritance
+        if inherited is not None:
+            peer = inherited.helper or inherited.vmm
+            return peer.pid if peer.status is None else None
         if self._spec.helper is None:  # the VMM itself, where the kernel does not vouch for the guest
             return self.vmm.pid if self.vmm is not None and self._ended is None else None
         return helper.process.pid if helper is not None and helper.process.status is None else None
@@ -172,6 +200,10 @@ class Run:
             self.vmm.kill()
         elif self._startup is not None:
             self._startup.cancel()
+
+    def let_go(self) -> None:
+        """Leave the processes alive when the run is stopped next; only for a VM that is kept."""
+        self._left_alive = self.vmm is not None or self._inheritance is not None
 
     def fail(self, detail: str) -> None:
         """End the run now because of a fault of ours."""
@@ -217,7 +249,7 @@ class Run:
         """The supervisor's child; always reports ``RunEnded`` last."""
         task_status.started()
         try:
-            pipes = self._pipes = _Pipes(self._spec.sinks, self._spec.cid)
+            pipes = self._pipes = self._make_pipes()
         except (OSError, VmactorError) as error:
             exhausted = ResourceExhaustedError(f"cannot make the VM's pipes: {error}; raise 'ulimit -n'")
             self._post(self.account(VmmExit(UNKNOWN, DeathReason.START_FAILED, str(exhausted))))
@@ -238,7 +270,14 @@ class Run:
             for drain in pipes.drains:
                 common.remove(drain)
             pipes.close()
+            if self._inheritance is not None:
+                self._inheritance.close()
         self._post(self.account(ended))
+
+    def _make_pipes(self) -> "_Pipes":
+        spec = self._spec
+        inherited = None if self._inheritance is None else self._inheritance.take_channels()
+        return _Pipes(spec.sinks, spec.cid, inherited, keep=spec.keep)
 
     def account(self, otherwise: VmmExit) -> RunEnded:
         """What is known of the run, after its end.
@@ -248,7 +287,7 @@ class Run:
         """
         ended = self._ended or otherwise
         known = RunEnded(
-            self._generation,
+            self.generation,
             ended.reason,
             exit_code=ended.status.code,
             signal=ended.status.signal,
@@ -259,6 +298,7 @@ class Run:
             lasted=anyio.current_time() - self._began,
             cpu=ended.status.cpu or CpuTime(),
             peak=self._peak,
+            adopted=self._inheritance is not None,
             chance=random.random(),  # noqa: S311 - it spreads restarts, it keeps no secret
         )
         if self._pipes is None:
@@ -278,21 +318,21 @@ class Run:
                 with anyio.CancelScope() as self._startup:
                     if self._killed:
                         self._startup.cancel()
-                    await self._wait_for_turn(stack)
-                    self._spec.reservation.check()
-                    if self._generation > 1:
-                        self._spec.renew()
-                    config = await self._look_at_disks()
-                    await self._start_helper(stack)
-                    self.vmm = await self._spawn(stack, pipes, config)
+                    if self._inheritance is not None:
+                        self.vmm = await self._inherit(stack, self._inheritance)
+                    else:
+                        self.vmm = await self._start(stack, pipes)
                 if self.vmm is None:
                     stopped = VmmExit(UNKNOWN, DeathReason.KILLED, "stopped before its VMM was spawned")
                     return self._failure or stopped
                 pipes.close_write_ends()
-                self._post(VmmSpawned(self._generation, self.vmm.pid))
+                self._post(VmmSpawned(self.generation, self.vmm.pid))
                 ended = await self._watch(self.vmm)
+                if self._inheritance is not None and ended.reason is DeathReason.INFRASTRUCTURE_ERROR:
+                    # All that is wrong is that nobody can know its status.
+                    ended = replace(ended, reason=DeathReason.KILLED if self._killed else DeathReason.UNKNOWN)
                 self._ended = replace(self._failure, status=ended.status) if self._failure else ended
-                self._post(VmmGone(self._generation))
+                self._post(VmmGone(self.generation))
                 return self._ended
         except (VmactorError, OSError) as error:
             if self._ended is not None:
@@ -302,12 +342,40 @@ class Run:
             refused = f"the host refused: {error}{hint(error)}" if isinstance(error, OSError) else str(error)
             return VmmExit(UNKNOWN, DeathReason.START_FAILED, refused)
 
+    async def _start(self, stack: AsyncExitStack, pipes: "_Pipes") -> Vmm:
+        await self._wait_for_turn(stack)
+        self._spec.reservation.check()
+        if self.generation > 1:
+            self._spec.renew()
+        config = await self._look_at_disks()
+        await self._start_helper(stack)
+        return await self._spawn(stack, pipes, config)
+
+    async def _inherit(self, stack: AsyncExitStack, inheritance: Inheritance) -> Vmm:
+        """Take over helper and VMM; whatever cannot be taken over is killed."""
+        spec, vmm = self._spec, inheritance.vmm
+        if inheritance.helper is not None:
+            self._helper = VhostDeviceVsock.adopt(
+                inheritance.helper, sockets_of(spec.directory), inheritance.take_complaints()
+            )
+            closing = self._closing("its vsock helper", self._helper.process, self._helper)
+            await stack.enter_async_context(closing)
+        left = LeftVmm(vmm, spec.directory, spec.config.memory_mib, helped=inheritance.helper is not None)
+        try:
+            taken = await spec.driver.adopt(left)
+        except BaseException:
+            if not self._left_alive:
+                vmm.kill()
+            raise
+        await stack.enter_async_context(self._closing("its VMM", taken, taken))
+        return taken
+
     async def _wait_for_turn(self, stack: AsyncExitStack) -> None:
         boots = self._spec.boots
         if not boots.take_nowait():
-            self._post(BootWaits(self._generation))
+            self._post(BootWaits(self.generation))
             await boots.take()
-            self._post(BootBegins(self._generation))
+            self._post(BootBegins(self.generation))
         self._booting = True
         stack.callback(self._spec.reservation.given_back)
         stack.callback(self._end_boot)
@@ -329,7 +397,7 @@ class Run:
             self._helper = VhostDeviceVsock.spawn(
                 spec.helper, spec.cid, sockets_of(spec.directory), spec.spawner
             )
-            closing = self._closing("its vsock helper", self._helper.process, self._helper.aclose)
+            closing = self._closing("its vsock helper", self._helper.process, self._helper)
             await stack.enter_async_context(closing)
 
     async def _spawn(self, stack: AsyncExitStack, pipes: "_Pipes", config: RawConfig) -> Vmm:
@@ -349,30 +417,36 @@ class Run:
         launch = Launch(spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner)
         with lent:
             vmm = await spec.driver.spawn(launch)
-        await stack.enter_async_context(self._closing("its VMM", vmm, vmm.aclose))
+        await stack.enter_async_context(self._closing("its VMM", vmm, vmm))
         return vmm
 
     @asynccontextmanager
     async def _closing(
-        self, name: str, process: Process | Vmm, aclose: Callable[[], Awaitable[None]]
+        self, name: str, process: Process | Vmm, owner: VhostDeviceVsock | Vmm
     ) -> AsyncIterator[None]:
         try:
             yield
         finally:
             with anyio.CancelScope(shield=True):
-                try:
-                    with suppress(PermissionError):
-                        process.kill()
-                    with anyio.move_on_after(KILL_SECONDS) as patience:
-                        await process.wait()
-                    if patience.cancelled_caught:
-                        self.survivors.append(f"{name} (process {process.pid})")
-                finally:
-                    await aclose()
+                if self._left_alive and self._ended is None:
+                    await owner.let_go()
+                else:
+                    await self._close(name, process, owner)
+
+    async def _close(self, name: str, process: Process | Vmm, owner: VhostDeviceVsock | Vmm) -> None:
+        try:
+            with suppress(PermissionError):
+                process.kill()
+            with anyio.move_on_after(KILL_SECONDS) as patience:
+                await process.wait()
+            if patience.cancelled_caught:
+                self.survivors.append(f"{name} (process {process.pid})")
+        finally:
+            await owner.aclose()
 
     async def _watch(self, vmm: Vmm) -> VmmExit:
         async with anyio.create_task_group() as watchers:
-            watchers.start_soon(self._confirm, vmm)
+            watchers.start_soon(self._confirm if self._inheritance is None else self._reconfirm, vmm)
             if self._helper is not None:
                 watchers.start_soon(self._watch_helper, vmm, self._helper)
             ended = await vmm.wait()
@@ -391,10 +465,20 @@ class Run:
                 self._failure = VmmExit(UNKNOWN, DeathReason.START_FAILED, str(error))
             vmm.kill()
         else:
-            self._post(VmmRunning(self._generation))
+            self._post(VmmRunning(self.generation))
             with anyio.move_on_after(self._spec.driver.footprint(self._spec.config).boot_seconds):
                 await self._reported.wait()
             self._end_boot()
+
+    async def _reconfirm(self, vmm: Vmm) -> None:
+        """Have a VMM that was taken over be as it was known to be; its silence is no reason to end it."""
+        try:
+            await vmm.take_over(suspended=self._suspended)
+        except (VmmError, DeadlineExceededError, ResourceExhaustedError) as error:
+            who = {"vm": self._spec.name, "cid": self._spec.cid}
+            log.warning("an adopted VMM does not answer", error=str(error), **who)
+        else:
+            self._post(VmmRunning(self.generation))
 
     async def _watch_helper(self, vmm: Vmm, helper: VhostDeviceVsock) -> None:
         status = await helper.wait()
@@ -419,9 +503,20 @@ async def _ends(vmm: Vmm) -> bool:
 class _Pipes:
     """The pipes of one run: what the VMM writes, we drain from the first byte to the last."""
 
-    def __init__(self, sinks: Sinks, cid: int) -> None:
+    def __init__(
+        self, sinks: Sinks, cid: int, inherited: dict[str, int] | None = None, *, keep: bool = False
+    ) -> None:
+        """Make them, or take over those of a VMM that another manager started.
+
+        Args:
+            sinks: Where their text goes.
+            cid: Whose they are.
+            inherited: Read ends by name; closed by ``close``, whatever happens.
+            keep: Whether the VMM outlives its manager: then it has the read ends of all of them.
+        """
         self.drains: list[Drain] = []
-        self._reads: list[int] = []
+        self._inherited = inherited
+        self._reads: dict[str, int] = {}
         self._writes: list[int] = []
 
         def lines(what: str, sink: int | None) -> Lines | None:
@@ -432,24 +527,37 @@ class _Pipes:
 
         try:
             self.console, console = self._pipe(
-                sinks.console, CONSOLE_CAP, CONSOLE_TAIL, lines("Console", sinks.console)
+                "console", sinks.console, CONSOLE_CAP, CONSOLE_TAIL, lines("Console", sinks.console)
             )
-            self.failure, failure = self._pipe(None, 0, FAILURE_TAIL)
-            self.stderr, stderr = self._pipe(None, 0, STDERR_TAIL)
-            guest_log = None
-            if sinks.log is not None or sinks.to_log:
-                guest_log = self._pipe(sinks.log, CONSOLE_CAP, 0, lines("Log", sinks.log))[1]
-            ramdump = None if sinks.ramdump is None else self._pipe(sinks.ramdump, RAMDUMP_CAP, 0)[1]
+            self.failure, failure = self._pipe("failure", None, 0, FAILURE_TAIL)
+            self.stderr, stderr = self._pipe("stderr", None, 0, STDERR_TAIL)
+            guest_log = ramdump = None
+            if sinks.log is not None or sinks.to_log or self._has("log"):
+                guest_log = self._pipe("log", sinks.log, CONSOLE_CAP, 0, lines("Log", sinks.log))[1]
+            if sinks.ramdump is not None or self._has("ramdump"):
+                ramdump = self._pipe("ramdump", sinks.ramdump, RAMDUMP_CAP, 0)[1]
         except BaseException:
             self.close()
             raise
-        readers = dict(zip(("console", "failure", "stderr"), self._reads, strict=False))
+        names = self._reads if keep else ("console", "failure", "stderr")
+        readers = {name: self._reads[name] for name in names}
         self.channels = Channels(console, failure, guest_log, ramdump, stderr, readers)
 
-    def _pipe(self, sink: int | None, cap: int, tail: int, lines: Lines | None = None) -> tuple[Drain, int]:
-        read, write = os.pipe2(os.O_CLOEXEC)
-        self._reads.append(read)
-        self._writes.append(write)
+    def _has(self, name: str) -> bool:
+        return self._inherited is not None and name in self._inherited
+
+    def _pipe(
+        self, name: str, sink: int | None, cap: int, tail: int, lines: Lines | None = None
+    ) -> tuple[Drain, int]:
+        write = -1
+        if self._inherited is not None and name in self._inherited:
+            read = self._inherited.pop(name)
+        else:
+            read, write = os.pipe2(os.O_CLOEXEC)
+            self._writes.append(write)
+        self._reads[name] = read
+        if self._inherited is not None:
+            self.close_write_ends()  # of one that could not be had: it is at its end
         drain = Drain(read, sink=sink, sink_cap=cap, tail=tail, lines=lines)
         self.drains.append(drain)
         return drain, write
@@ -460,5 +568,6 @@ class _Pipes:
 
     def close(self) -> None:
         self.close_write_ends()
-        while self._reads:
-            os.close(self._reads.pop())
+        for found in (self._reads, self._inherited or {}):
+            while found:
+                os.close(found.popitem()[1])

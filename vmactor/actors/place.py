@@ -25,7 +25,7 @@ from vmactor.host import HostFacts
 from vmactor.ledger import Spawner
 from vmactor.log import get_logger
 from vmactor.messages import Requester
-from vmactor.state_dir import StateDirectory
+from vmactor.state_dir import StateDirectory, sockets_of
 from vmactor.vmm.select import Selection
 from vmactor.vsock import HybridVsockTransport, KernelVsockTransport, VsockListener, VsockTransport
 
@@ -93,13 +93,16 @@ class Places:
         self._vsock_peer = vsock_peer
         self._kept: set[int] = set()  # CIDs whose dead VMs left a living process behind
 
-    async def find(self, claim: ExitStack, requester: Requester | None = None) -> Place:
+    async def find(
+        self, claim: ExitStack, requester: Requester | None = None, *, keep: bool = False
+    ) -> Place:
         """Claim a place.
 
         Args:
             claim: Gets what gives the place back: the CID and, should it still be there, the directory. The
                 listener is its user's to close.
             requester: Whose VM it is; None for this process's user.
+            keep: Whether it is to outlive this manager.
 
         Raises:
             UnsupportedOperationError: VMs need vhost-device-vsock here, and there is none.
@@ -111,8 +114,8 @@ class Places:
         for _ in range(CONTEXT_ATTEMPTS):
             with ExitStack() as attempt:
                 cid = await self._state.cids.claim()
-                attempt.callback(self._release, cid)
-                directory, ledger = self._state.make_vm_directory(cid)
+                attempt.callback(self.release, cid)
+                directory, ledger = self._state.make_vm_directory(cid, keep=keep)
                 attempt.callback(self.clear, cid)
                 try:
                     place = self._listen(cid, directory, Spawner(ledger, requester), helper, attempt)
@@ -127,6 +130,31 @@ class Places:
                 claim.push(attempt.pop_all())
                 return place
         raise ServiceSpecificError(f"Too many attempts to create VM context failed: {failure}") from failure
+
+    def take_over(self, claim: ExitStack, cid: int, vsock: str, requester: Requester | None) -> Place:
+        """The place of a VM that another manager left alive, whose CID is claimed already.
+
+        Args:
+            claim: Gets what gives the place back; not the CID.
+            cid: Its CID.
+            vsock: Which kind of vsock it has.
+            requester: Whose VM it is; None for this process's user.
+
+        Raises:
+            VsockError: Its RPC port is not to be had.
+            IllegalArgumentError: No path for its sockets; the state directory was renamed to a longer one.
+        """
+        directory = self._state.vm_directory(cid)
+        spawner = Spawner(None, requester)
+        if vsock == "kernel":
+            kernel = KernelVsockTransport(cid)
+            return Place(cid, directory, spawner, kernel, kernel.listen(cid), None, None)
+        path = sockets_of(directory) / "vsock"
+        for stale in path.parent.glob(f"{path.name}_*"):  # nobody listens there: the CID's lock is ours
+            stale.unlink(missing_ok=True)
+        hybrid = HybridVsockTransport(cid, path, partial(self._vsock_peer, cid), requester)
+        claim.callback(hybrid.close)
+        return Place(cid, directory, spawner, hybrid, hybrid.listen(cid), None, None)
 
     def keep(self, cid: int) -> None:
         """A process of the dead VM lives on: its directory and its CID stay as they are."""
@@ -179,9 +207,15 @@ class Places:
             raise UnsupportedOperationError(f"no vhost-device-vsock: {found.advice}")
         return found.path
 
-    def _release(self, cid: int) -> None:
+    def release(self, cid: int) -> None:
+        """Give a CID back, unless it is kept. Never raises."""
         if cid not in self._kept:
             self._state.cids.release(cid)
+
+    def let_go(self, cid: int) -> None:
+        """Leave the place of a VM that lives on to the next manager: directory there, CID unclaimed."""
+        self._kept.add(cid)
+        self._state.cids.let_go(cid)
 
 
 def _claim_in_kernel(vhost_fd: int, cid: int) -> None:

@@ -12,9 +12,11 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskStatus
 
+from vmactor.actors.keeping import KeptVm
 from vmactor.errors import VmactorError
 from vmactor.log import get_logger
 from vmactor.messages import VmInfo
+from vmactor.protocol.values import to_wire
 from vmactor.state_dir import StateDirectory
 from vmactor.waiting import Waiter, waiter_type, wake
 
@@ -39,11 +41,17 @@ class Records:
         self._known: set[int] = set()
         self._idle: Waiter | None = None
 
-    def tell(self, info: VmInfo) -> None:
-        """Tell of a new VM now, of a known one soon. Never waits, never raises."""
-        if info.cid not in self._known:
+    def tell(self, info: VmInfo, kept: KeptVm | None = None) -> None:
+        """Tell of a new VM now, of a known one soon. Never waits, never raises.
+
+        Args:
+            info: What others may know of it.
+            kept: What the next manager has to know of it, where it is to be kept. That is written at once:
+                before anybody is answered or told of the change, so that what was told is true afterwards.
+        """
+        if kept is not None or info.cid not in self._known:
             self._known.add(info.cid)
-            self._write(info)
+            self._write(info, kept)
             return
         self._changed[info.cid] = info
         if self._idle is not None:
@@ -74,9 +82,12 @@ class Records:
                 self.flush(cid)
                 await anyio.lowlevel.checkpoint()
 
-    def _write(self, info: VmInfo) -> None:
+    def _write(self, info: VmInfo, kept: KeptVm | None = None) -> None:
+        record = {**info.as_dict(), **self._common}
+        if kept is not None:
+            record["kept"] = to_wire(kept)
         try:
-            self._state.write_record(info.cid, {**info.as_dict(), **self._common})
+            self._state.write_record(info.cid, record)
         except (OSError, VmactorError) as error:
             # The VM lives on; other processes see it as it was.
             _log.error("cannot write a VM's record", cid=info.cid, error=str(error))

@@ -26,6 +26,8 @@ from vmactor.actors.event_bus import new_bus
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.inspection import Inspection
+from vmactor.actors.keeper import Adoption, Keeper
+from vmactor.actors.keeping import Inheritance, KeptVm
 from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.records import Records
@@ -109,11 +111,15 @@ class VirtualizationService:
         tombstones: Where guests' tombstones are kept, which a Microdroid sends when something in it crashes:
             a directory, made if missing, which outlives the service. Without one they are not received.
         admission: How many VMs are accepted, and how many boot at the same time (docs/limits.md).
+        keeps: Whether VMs may be created that outlive this service. There is one such service for a state
+            directory at a time. It adopts what the one before kept, and its event stream goes on where that
+            one's ended, after a ``ManagerRestarted``.
 
     What crashed managers left in the state directory is ended in the background after entering;
     ``Reaped`` and ``Orphaned`` tell (docs/crash.md).
 
-    Leaving its ``async with`` block kills every VM, all at once, and waits until nothing of them is left.
+    Leaving its ``async with`` block kills every VM, all at once, and waits until nothing of them is left; but
+    VMs that are kept, and have been started, live on.
     """
 
     def __init__(
@@ -126,8 +132,9 @@ class VirtualizationService:
         platform: Platform | None = None,
         policy: Policy | None = None,
         admission: AdmissionPolicy | None = None,
+        keeps: bool = False,
     ) -> None:
-        self.bus = new_bus(self._snapshot)
+        self.bus = new_bus(self._snapshot, self._write_down)
         self._vmm = vmm
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
@@ -153,6 +160,8 @@ class VirtualizationService:
         self._admission_policy = admission or AdmissionPolicy()
         self._admission: Admission
         self._boots: BootQueue
+        self._keeps = keeps
+        self._keeper: Keeper | None = None
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -173,6 +182,8 @@ class VirtualizationService:
             self._boots = BootQueue(
                 self._admission_policy.boots(self._facts.cpus, emulated=self._selection.driver.emulated)
             )
+            if self._keeps:
+                self._keeper = await Keeper.open(self._state, self.bus, entered)
             await entered.enter_async_context(self._supervisor)
             if self._tombstones is not None and self._selection.vsock == "kernel":
                 self._tombstone_port = SharedPort(partial(listen_on_kernel, TOMBSTONE_PORT))
@@ -181,7 +192,13 @@ class VirtualizationService:
             await self._supervisor.start("inspection", Inspection(self._state.managers, self.tree).run)
             await self._supervisor.start("records", self._records.run)
             await self._supervisor.start("drains", self._drains.run)
-            if left := leftovers.find(self._state):
+            left = leftovers.find(self._state)
+            if self._keeper is not None:
+                await self._supervisor.start("journal", self._keeper.run)
+                self._keeper.begin()
+                await self._keeper.adopt(left, self._adoption(self._facts))
+                left = leftovers.find(self._state)
+            if left or self._keeps:
                 await self._supervisor.start("reaper", partial(self._reap, left))
             self._entered = entered.pop_all()
         self._open = True
@@ -191,9 +208,37 @@ class VirtualizationService:
         """End what crashed managers left, while new VMs can be created already."""
         task_status.started()
         try:
-            await leftovers.reap(self._state, cids, self.bus.publish)
+            await leftovers.reap(self._state, cids, self.bus.publish, keeper=self._keeps)
         except OSError as error:  # no descriptor, say: the next manager will try again
             logger.error("cannot clear away what a crashed manager left", error=str(error))
+            return
+        if self._keeper is not None:
+            self._keeper.account_for_lost(self._actors.__contains__)
+
+    def _write_down(self, event: Event) -> None:
+        if self._keeper is not None:
+            self._keeper.write(event)
+
+    def _adoption(self, facts: HostFacts) -> Adoption:
+        lent = self._places, self._admission, self._boots, self._drains
+        return Adoption(*lent, facts, self._start_adopted)
+
+    async def _start_adopted(
+        self, spec: RunSpec, place: Place, owned: ExitStack, inheritance: Inheritance
+    ) -> VirtualMachine:
+        vm = inheritance.vm
+        return await self._start_actor(
+            spec,
+            vm.info,
+            place,
+            owned,
+            hangup_timeout=vm.hangup_timeout,
+            restart=None,
+            created=Created(),
+            binder=None,
+            kept=vm,
+            inheritance=inheritance,
+        )
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -218,6 +263,7 @@ class VirtualizationService:
         restart: RestartPolicy | None = None,
         requester: Requester | None = None,
         guest_binder: GuestBinder | None = None,
+        keep: bool = False,
     ) -> VirtualMachine:
         """Create a VM; it does not run yet.
 
@@ -236,6 +282,9 @@ class VirtualizationService:
                 kernel's file).
             guest_binder: For guests that report by RPC Binder and are newer than Android 16: which methods
                 they know; the default suits all before (docs/guest-rpc.md).
+            keep: Whether the VM, once started, outlives its handle, this service and a crash of it
+                (docs/crash.md); only of a service that ``keeps``. Files that its output is copied to, and its
+                restart policy, end with the service that it was created by.
 
         Returns:
             The handle that keeps the VM alive.
@@ -249,12 +298,14 @@ class VirtualizationService:
             CapacityExceededError: The host has no room for it; nothing was begun.
             ResourceExhaustedError: No CID, descriptor or space.
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
-            IllegalStateError: The service is not open.
+            IllegalStateError: The service is not open, or keeps no VMs.
             SecurityError: The requester lacks a permission; or is another than this process's user, and this
                 is not root.
             LabelError: The SELinux label of a file does not allow to give it to a VM.
         """
         self._check_open()
+        if keep and not self._keeps:
+            raise IllegalStateError("this service keeps no VMs: open it with keeps=True, or leave out keep")
         facts = self._facts if config.cpu_topology is CpuTopology.MATCH_HOST else None
         wanted = Created(
             uid=os.getuid() if requester is None else requester.uid,
@@ -276,6 +327,7 @@ class VirtualizationService:
                 restart=restart,
                 requester=requester,
                 guest_binder=guest_binder,
+                keep=keep,
             )
         except VmactorError as error:
             self._tell_failure(config, wanted, error)
@@ -317,6 +369,7 @@ class VirtualizationService:
         restart: RestartPolicy | None,
         requester: Requester | None,
         guest_binder: GuestBinder | None,
+        keep: bool,
     ) -> VirtualMachine:
         self._policy.permissions.check(requester, Method.CREATE_VM, config)
         if requester is not None and not is_caller(requester) and os.geteuid() != 0:
@@ -343,7 +396,8 @@ class VirtualizationService:
             else:
                 files = own
             sinks_used = sum(fd is not None for fd in (console, log, ramdump))
-            reservation = self._admission.reserve(need_of(files, driver, self._selection.vsock, sinks_used))
+            need = need_of(files, driver, self._selection.vsock, sinks_used)
+            reservation = self._admission.reserve(need)
             claim.callback(reservation.release)
             sinks = Sinks(
                 console=_duplicate(console, "console", owned),
@@ -351,7 +405,7 @@ class VirtualizationService:
                 ramdump=_duplicate(ramdump, "ramdump", owned),
                 to_log=isinstance(config, AppConfig) and config.debuggable,
             )
-            place = await self._places.find(claim, requester)
+            place = await self._places.find(claim, requester, keep=keep)
             spec = RunSpec(
                 config.name,
                 place.cid,
@@ -366,6 +420,7 @@ class VirtualizationService:
                 self._boots,
                 reservation,
                 self._drains,
+                keep,
             )
             info = VmInfo(
                 cid=place.cid,
@@ -381,8 +436,18 @@ class VirtualizationService:
                 requester_uid=os.getuid() if requester is None else requester.uid,
                 requester_pid=os.getpid(),
                 created=datetime.now(UTC),
+                kept=keep,
             )
             hangup = timeout if watched else None
+            kept = KeptVm(
+                info=info,
+                memory_mib=files.memory_mib,
+                vsock=self._selection.vsock,
+                need=tuple(need),
+                to_log=sinks.to_log,
+                hangup_timeout=hangup,
+                requester=requester,
+            )
             return await self._start_actor(
                 spec,
                 info,
@@ -392,7 +457,20 @@ class VirtualizationService:
                 restart=restart,
                 created=wanted,
                 binder=guest_binder,
+                kept=kept if keep else None,
             )
+
+    def open_vm(self, cid: int) -> VirtualMachine:
+        """Another handle on a VM that lives; it goes without the VM's going, unlike its creator's.
+
+        Raises:
+            IllegalArgumentError: There is no such VM.
+            IllegalStateError: The service is not open.
+        """
+        self._check_open()
+        if (actor := self._actors.get(cid)) is None:
+            raise IllegalArgumentError(f"no VM of this service has the CID {cid}")
+        return VirtualMachine(actor, self.bus, holds=False)
 
     async def shutdown_vms(
         self, ladder: StopLadder | None = None
@@ -504,6 +582,8 @@ class VirtualizationService:
         restart: RestartPolicy | None,
         binder: GuestBinder | None,
         created: Created,
+        kept: KeptVm | None = None,
+        inheritance: Inheritance | None = None,
     ) -> VirtualMachine:
         resources = owned.pop_all()
 
@@ -522,6 +602,10 @@ class VirtualizationService:
             self._records.flush(place.cid)
             give_back()
 
+        def let_go() -> None:
+            self._places.let_go(place.cid)
+            give_back()
+
         context = VmContext(
             bus=self.bus,
             transport=place.transport,
@@ -530,17 +614,21 @@ class VirtualizationService:
             clear=clear,
             give_back=give_back,
             abandon=abandon,
+            let_go=let_go,
             binder=binder,
             tombstones=self._tombstone_receiver(spec.name, place),
         )
-        actor = VmActor(spec, info, context, hangup_timeout, restart, created=created)
+        actor = VmActor(
+            spec, info, context, hangup_timeout, restart, created=created, kept=kept, inheritance=inheritance
+        )
         self._actors[place.cid] = actor
         try:
-            self._check_open()  # it may have ended while we looked for a place
+            if inheritance is None:  # that comes before the service is open
+                self._check_open()  # it may have ended while we looked for a place
             await self._supervisor.start(
                 f"vm-{place.cid}",
                 actor.run,
-                ask_to_stop=actor.release,
+                ask_to_stop=actor.detach,
                 shutdown=VM_SHUTDOWN_SECONDS,
                 details=actor.details,
             )

@@ -19,6 +19,7 @@ from anyio.abc import TaskStatus
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.guest_connection import GuestRpcStatistics
 from vmactor.actors.guest_rpc import serve_guest_rpc
+from vmactor.actors.keeping import Inheritance, KeptVm
 from vmactor.actors.lifecycle import Life, Phase, transition
 from vmactor.actors.monitor import END_GRACE, Run, RunSpec
 from vmactor.actors.restart_policy import RestartPolicy, Restarts
@@ -33,6 +34,7 @@ from vmactor.actors.vocabulary import (
     AskToStop,
     Clear,
     ControlDone,
+    Detach,
     DisarmHangup,
     DropControl,
     EndRun,
@@ -40,6 +42,7 @@ from vmactor.actors.vocabulary import (
     GuestReported,
     HangupExpired,
     KillRun,
+    LetGo,
     Message,
     Publish,
     Refuse,
@@ -62,6 +65,7 @@ from vmactor.errors import (
 from vmactor.log import get_logger
 from vmactor.mailbox import Mailbox, Reply
 from vmactor.messages import (
+    Adopted,
     Control,
     Created,
     DeathReason,
@@ -71,6 +75,7 @@ from vmactor.messages import (
     MemoryTrimLevel,
     PayloadReady,
     PayloadStarted,
+    PayloadState,
     Release,
     Resume,
     StopRung,
@@ -113,6 +118,7 @@ class VmContext:
         clear: Removes the VM's files.
         give_back: Releases the CID and every descriptor that the VM owned.
         abandon: In its place where a process of the VM lives on: releases the descriptors only.
+        let_go: In its place where all of the VM lives on, for the next manager.
         binder: What a guest that speaks RPC Binder is told; the defaults if None.
         tombstones: Takes in what the guest tells of crashes inside it; nothing does if None.
     """
@@ -120,10 +126,11 @@ class VmContext:
     bus: Bus[Event]
     transport: VsockTransport
     listener: VsockListener
-    record: Callable[[VmInfo], None]
+    record: Callable[[VmInfo, KeptVm | None], None]
     clear: Callable[[], None]
     give_back: Callable[[], None]
     abandon: Callable[[], None]
+    let_go: Callable[[], None] = lambda: None
     binder: GuestBinder | None = None
     tombstones: TombstoneReceiver | None = None
 
@@ -149,6 +156,8 @@ class VmActor:
         restart: RestartPolicy | None = None,
         *,
         created: Created = Created(),  # noqa: B008 - immutable
+        kept: KeptVm | None = None,
+        inheritance: Inheritance | None = None,
     ) -> None:
         self.info = info
         self.mailbox: Mailbox[Message] = Mailbox(f"VM {spec.name} (CID {spec.cid})")
@@ -159,7 +168,12 @@ class VmActor:
         self._context = context
         self._created = created
         self.guest_calls = GuestRpcStatistics()
+        self._kept = kept
+        self._inheritance = inheritance
         self._life = Life(hangup_timeout, restarts=Restarts(restart))
+        if inheritance is not None:
+            self._life = _life_of(inheritance)
+            self.created_seq = inheritance.vm.created_seq
         self._due: deque[Action] = deque()
         self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
         self._started_at: dict[int, float] = {}  # of the run under way, by its generation
@@ -229,6 +243,16 @@ class VmActor:
         if self.info.state is VirtualMachineState.NOT_STARTED:
             self._spec.reservation.check()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the VM outlives its handles and its manager."""
+        return self._kept is not None
+
+    def detach(self) -> None:
+        """The manager ends: leave a kept VM alive, release any other; never waits, any number of times."""
+        with suppress(ActorDiedError, MailboxFullError):
+            self.mailbox.control(Detach() if self.keeps else Release())
+
     def release(self) -> None:
         """Nobody needs the VM any more; never waits, any number of times."""
         with suppress(ActorDiedError, MailboxFullError):  # full only while it clears away: it is about to end
@@ -249,8 +273,11 @@ class VmActor:
         """The actor's task: from ``created`` to the last trace of the VM."""
         try:
             async with self._supervisor:
-                self.created_seq = self.publish(self._created).seq
-                self._context.record(self.info)
+                if self._inheritance is None:
+                    self.created_seq = self.publish(self._created).seq
+                    self._record()
+                else:
+                    await self._take_over(self._inheritance)
                 task_status.started()
                 while not self.ended.is_set():
                     envelope = await self.mailbox.receive()
@@ -325,6 +352,8 @@ class VmActor:
                 await self._end_run()
             case Clear():
                 await self._clear()
+            case LetGo():
+                await self._let_go()
             case Publish(event):
                 self.publish(event)
                 if isinstance(event, PayloadStarted | PayloadReady) and self.run_under_way is not None:
@@ -339,9 +368,25 @@ class VmActor:
                 finally:
                     self.ended.set()
 
+    async def _take_over(self, inheritance: Inheritance) -> None:
+        life, began = self._life, inheritance.vm.info.started or datetime.now(UTC)
+        age = (datetime.now(UTC) - began).total_seconds()
+        self._started_at = {life.generation: anyio.current_time() - age}
+        told = Adopted(
+            pid=life.pid or 0, state=life.public_state, payload=life.payload, suspended=life.suspended
+        )
+        self.publish(told)
+        self._refresh(life.phase)
+        await self._begin(Run(self._spec, life.generation, self._post, inheritance, suspended=life.suspended))
+        if life.payload is PayloadState.STARTING and not life.suspended and life.hangup_timeout is not None:
+            await self._perform(ArmHangup(life.generation))
+
     async def _spawn(self, generation: int) -> None:
         self._started_at = {generation: anyio.current_time()}
-        self.run_under_way = Run(self._spec, generation, self._post)
+        await self._begin(Run(self._spec, generation, self._post))
+
+    async def _begin(self, run: Run) -> None:
+        generation, self.run_under_way = run.generation, run
         await self._supervisor.start("guest-rpc", _GuestRpc(self, generation))
         if self._context.tombstones is not None:
             await self._supervisor.start("tombstones", partial(self._context.tombstones.serve, self.publish))
@@ -353,6 +398,19 @@ class VmActor:
         self.run_under_way = None
         self._context.transport.close()
         self._context.listener.refuse_waiting()  # else the next run would be told what this one's guest said
+
+    async def _let_go(self) -> None:
+        if self.run_under_way is not None:
+            self.run_under_way.let_go()
+        await self._supervisor.stop("restart")
+        await self._end_run()
+        try:
+            await self._context.listener.aclose()
+        finally:
+            try:
+                self._context.let_go()
+            finally:
+                self.ended.set()
 
     async def _clear(self) -> None:
         await self._supervisor.stop("restart")
@@ -427,10 +485,44 @@ class VmActor:
             "restart_due": due,
             "queued": life.queued,
         }
-        if any(getattr(self.info, name) != value for name, value in known.items()):
+        changed = any(getattr(self.info, name) != value for name, value in known.items())
+        if changed:
             self.info = replace(self.info, **known)
-            if life.phase is not Phase.DEAD or life.survivors:
-                self._context.record(self.info)
+        if (changed or self._kept_changed()) and (life.phase is not Phase.DEAD or life.survivors):
+            self._record()
+
+    def _kept_changed(self) -> bool:
+        life, kept = self._life, self._kept
+        return kept is not None and (kept.running, kept.payload_failed) != (
+            life.phase is Phase.RUNNING,
+            life.payload_failed,
+        )
+
+    def _record(self) -> None:
+        if self._kept is not None:
+            self._kept = replace(
+                self._kept,
+                info=replace(self.info, died=None),
+                running=self._life.phase is Phase.RUNNING,
+                payload_failed=self._life.payload_failed,
+                created_seq=self.created_seq,
+            )
+        self._context.record(self.info, self._kept)
+
+
+def _life_of(inheritance: Inheritance) -> Life:
+    """The life of a VM as its manager wrote it down last."""
+    vm, info = inheritance.vm, inheritance.vm.info
+    return Life(
+        vm.hangup_timeout,
+        phase=Phase.RUNNING if vm.running else Phase.STARTING,
+        payload=info.payload,
+        generation=info.generation,
+        restarts=Restarts(None, total=info.restarts),
+        pid=inheritance.vmm.pid,
+        suspended=info.suspended,
+        payload_failed=vm.payload_failed,
+    )
 
 
 _STOP_REQUESTS: Final = (StopRung.POWER_BUTTON.name, StopRung.EXIT_REQUEST.name)

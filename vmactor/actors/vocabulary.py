@@ -98,6 +98,7 @@ class RunEnded:
         lasted: Seconds that it took.
         cpu: Processor time that it took.
         peak: The most memory that was seen.
+        adopted: Whether another manager had begun it.
         chance: A number from 0 to 1: chance enters with the message, as time does.
     """
 
@@ -115,6 +116,7 @@ class RunEnded:
     lasted: float = 0.0
     cpu: CpuTime = CpuTime()  # noqa: RUF009 - immutable
     peak: Memory = Memory()  # noqa: RUF009 - immutable
+    adopted: bool = False
     chance: float = 0.0
 
 
@@ -123,6 +125,11 @@ class HangupExpired:
     """The payload had its time to report."""
 
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detach(Request[None]):
+    """The manager ends, and the VM is to outlive it; it is killed where that cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +164,7 @@ Message = (
     | HangupExpired
     | RestartDue
     | ControlDone
+    | Detach
 )
 
 # -- Actions -----------------------------------------------------------------------------------------
@@ -233,6 +241,11 @@ class Clear:
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo:
+    """Leave the run's processes alive, with all that they need, and end the actor."""
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Put an event on the bus; the actor fills in its header."""
 
@@ -270,6 +283,7 @@ Action = (
     | RunControl
     | EndRun
     | Clear
+    | LetGo
     | Publish
     | Answer
     | Refuse

@@ -26,7 +26,7 @@ from vmactor.images.composite import assemble, crosvm_image
 from vmactor.messages import CpuTopology, ImageKind
 from vmactor.text import crosvm_argument
 from vmactor.vmm.crosvm_vmm import CrosvmVmm
-from vmactor.vmm.driver import BOOT_SECONDS, EMULATED_BOOT_SECONDS, Footprint, KernelVsock, Launch
+from vmactor.vmm.driver import BOOT_SECONDS, EMULATED_BOOT_SECONDS, Footprint, KernelVsock, Launch, LeftVmm
 from vmactor.vmm.handover import check_socket_path, proc_path, read_only, remove_socket, reopen
 
 PLATFORM_VERSION: Final = "1.0.0"
@@ -108,6 +108,10 @@ class CrosvmDriver:
         self.validate(launch.config)
         return start(self.facts.crosvm, self.facts.arch, self.facts.cpus, launch)
 
+    async def adopt(self, left: LeftVmm) -> CrosvmVmm:
+        """Take over a crosvm of another manager; never raises, as each request is a connection of its own."""
+        return adopt(self.facts.crosvm, left)
+
 
 def validate(build: Crosvm, config: RawConfig) -> None:
     """Refuse what a build of crosvm cannot do on any host. Pure.
@@ -167,8 +171,19 @@ def start(build: Crosvm, arch: str, cpus: int, launch: Launch) -> CrosvmVmm:
         except OSError as error:
             raise StartFailedError(f"cannot start crosvm: {error}{hint(error)}") from error
         undo.pop_all()
-    old_names = "suspended" not in build.options  # an option that came two weeks after the new names
-    return CrosvmVmm(process, memory=memory, socket_path=path, old_names=old_names)
+    return CrosvmVmm(process, memory=memory, socket_path=path, old_names=_old_names(build))
+
+
+def adopt(build: Crosvm, left: LeftVmm) -> CrosvmVmm:
+    """A crosvm of another manager, spoken to in the spelling of the build at hand."""
+    memory = (left.memory_mib or DEFAULT_MEMORY_MIB) * _MIB
+    return CrosvmVmm(
+        left.process, memory=memory, socket_path=left.directory / "control", old_names=_old_names(build)
+    )
+
+
+def _old_names(build: Crosvm) -> bool:
+    return "suspended" not in build.options  # an option that came two weeks after the new names
 
 
 def _own_offsets(config: RawConfig, stack: ExitStack) -> RawConfig:

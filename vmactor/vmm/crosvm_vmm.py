@@ -113,6 +113,11 @@ class CrosvmVmm:
                 raise VmmError(f"crosvm ended before it ran the guest: {status}") from error
             self._running = True
 
+    async def take_over(self, *, suspended: bool) -> None:
+        """See ``Vmm``; up to 30 s. Both requests may be made of a crosvm that is so already."""
+        self._running = True
+        await self._control.command(self._suspend if suspended else self._resume, timeout=START_TIMEOUT)
+
     async def wait(self) -> VmmExit:
         """Return how crosvm ended; any number of times, also after the end."""
         status = await self._process.wait()
@@ -135,6 +140,11 @@ class CrosvmVmm:
             await self._process.aclose()
         self._control.close()
         remove_socket(self._socket_path)
+
+    async def let_go(self) -> None:
+        """Close every descriptor, and leave crosvm to the next manager."""
+        self._process.let_go()
+        self._control.close()
 
     # -- Requests ----------------------------------------------------------------------------------
 

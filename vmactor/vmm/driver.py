@@ -154,6 +154,23 @@ class VmmExit:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LeftVmm:
+    """A VMM that another manager of this user started, and that lives on.
+
+    Attributes:
+        process: It, known beyond doubt.
+        directory: The VM's private directory.
+        memory_mib: The guest's memory; None for the driver's default.
+        helped: Whether a vsock helper serves it.
+    """
+
+    process: Process
+    directory: Path
+    memory_mib: int | None
+    helped: bool
+
+
 class Vmm(Protocol):
     """A spawned VMM."""
 
@@ -167,6 +184,18 @@ class Vmm(Protocol):
 
         Raises:
             VmmError: It ended first, or refused; the message holds its last words. ``wait`` tells the rest.
+        """
+        ...
+
+    async def take_over(self, *, suspended: bool) -> None:
+        """In place of ``wait_running``, where another manager had it run: make it be as that one said last.
+
+        Args:
+            suspended: Whether its virtual CPUs are to be paused.
+
+        Raises:
+            VmmError: It ended, or refused; it is left as it is.
+            DeadlineExceededError: It does not answer; the same.
         """
         ...
 
@@ -206,6 +235,10 @@ class Vmm(Protocol):
         """Kill if alive, reap, close every descriptor. Idempotent; not interrupted by cancellation."""
         ...
 
+    async def let_go(self) -> None:
+        """In place of ``aclose``: close every descriptor and leave the VMM to the next manager."""
+        ...
+
 
 class VmmDriver(Protocol):
     """How to start one kind of VMM."""
@@ -243,5 +276,13 @@ class VmmDriver(Protocol):
 
         Raises:
             StartFailedError: The process could not be made.
+        """
+        ...
+
+    async def adopt(self, left: LeftVmm) -> Vmm:
+        """Take over a VMM that this driver spawned in another manager, with its control socket.
+
+        Raises:
+            VmmError: Its control socket is not to be had; the process is as it was.
         """
         ...

@@ -22,7 +22,7 @@ from typing import ClassVar, Final
 import anyio
 
 from vmactor.config import RawConfig
-from vmactor.errors import StartFailedError, UnsupportedOperationError, hint
+from vmactor.errors import StartFailedError, UnsupportedOperationError, VmmError, hint
 from vmactor.host import HostFacts
 from vmactor.messages import CpuTopology
 from vmactor.text import qemu_value
@@ -32,6 +32,7 @@ from vmactor.vmm.driver import (
     Footprint,
     KernelVsock,
     Launch,
+    LeftVmm,
     VhostUserVsock,
 )
 from vmactor.vmm.handover import check_socket_path, proc_path, read_only, remove_socket
@@ -41,6 +42,9 @@ from vmactor.vmm.qemu_vmm import QemuVmm
 PLATFORM_VERSION: Final = "1.0.0"
 DEFAULT_MEMORY_MIB: Final = 256
 """Memory of a guest whose configuration names none; crosvm's default."""
+
+CONNECT_SECONDS: Final = 5.0
+"""How long a QEMU that is taken over may have its control socket's queue full."""
 
 NO_DISKS: Final = Prepared()
 """Nothing to know about disks: there are none, or all are regular files."""
@@ -197,6 +201,24 @@ class QemuDriver:
         memory = (config.memory_mib or DEFAULT_MEMORY_MIB) * _MIB
         freeze = isinstance(launch.vsock, VhostUserVsock)
         return QemuVmm(process, stream, memory=memory, socket_path=path, freeze=freeze)
+
+    async def adopt(self, left: LeftVmm) -> QemuVmm:
+        """Take over a QEMU of another manager; it serves us when it sees that the other one has hung up.
+
+        Raises:
+            VmmError: Its control socket is not to be had; the process is as it was.
+        """
+        path = left.directory / "control"
+        stream = None
+        try:
+            with anyio.move_on_after(CONNECT_SECONDS):
+                stream = await anyio.connect_unix(path)
+        except OSError as error:
+            raise VmmError(f"no connection to QEMU's control socket: {error.strerror or error}") from error
+        if stream is None:
+            raise VmmError("QEMU's control socket takes no connection; somebody else may be connected")
+        memory = (left.memory_mib or DEFAULT_MEMORY_MIB) * _MIB
+        return QemuVmm(left.process, stream, memory=memory, socket_path=path, freeze=left.helped)
 
 
 def _control(directory: Path, control: int | None) -> str:

@@ -161,6 +161,23 @@ class QemuVmm:
                 raise VmmError(f"QEMU ended before it ran the guest: {status}") from error
             self._running = True
 
+    async def take_over(self, *, suspended: bool) -> None:
+        """See ``Vmm``; up to 30 s.
+
+        A QEMU whose process is stopped cannot speak: its control socket is negotiated when it is resumed.
+        """
+        self._running = True
+        if self._freeze and suspended:
+            self._process.send_signal(signal.SIGSTOP)
+            self._frozen = True
+            return
+        if self._freeze:
+            self._process.send_signal(signal.SIGCONT)  # its manager may have died with a request under way
+        end = anyio.current_time() + START_TIMEOUT
+        await self._qmp.negotiate(timeout=START_TIMEOUT)
+        timeout = max(end - anyio.current_time(), 0)
+        await self._qmp.execute("stop" if suspended else "cont", timeout=timeout)
+
     async def wait(self) -> VmmExit:
         """Return how QEMU ended; any number of times, also after the end. Reads QEMU's events meanwhile."""
         if self._exit is None:
@@ -199,6 +216,11 @@ class QemuVmm:
             await self._qmp.aclose()
         remove_socket(self._socket_path)
 
+    async def let_go(self) -> None:
+        """Close every descriptor, and leave QEMU to the next manager."""
+        self._process.let_go()
+        await self._qmp.aclose()
+
     # -- Requests ----------------------------------------------------------------------------------
 
     async def suspend(self) -> None:
@@ -226,6 +248,7 @@ class QemuVmm:
         if self._frozen:
             self._process.send_signal(signal.SIGCONT)
             self._frozen = False
+            await self._qmp.negotiate(timeout=REQUEST_TIMEOUT)  # unless it was, before it was stopped
         await self._request("cont")
 
     async def request_shutdown(self) -> None:

@@ -125,6 +125,18 @@ def _says(finding: Finding) -> str:
     return f"{finding.found} ({finding.advice})" if finding.advice else finding.found
 
 
+def driver_named(name: str, facts: HostFacts) -> VmmDriver | None:
+    """The driver of a VMM that runs already, whatever new ones would get; None if there is no such driver."""
+    match name:
+        case "crosvm":
+            return CrosvmDriver(facts)
+        case "qemu":
+            return QemuDriver(facts)
+        case "simulated":
+            return SimulatedDriver(facts)
+    return None
+
+
 _EXPLICIT: Final[dict[str, Callable[[HostFacts], Selection]]] = {
     "crosvm": _crosvm,
     "qemu": _qemu,

@@ -14,7 +14,7 @@ from vmactor.errors import UnsupportedOperationError
 from vmactor.host import Crosvm, HostFacts
 from vmactor.vmm import crosvm
 from vmactor.vmm.crosvm_vmm import CrosvmVmm
-from vmactor.vmm.driver import DirectVsock, Footprint, KernelVsock, Launch
+from vmactor.vmm.driver import DirectVsock, Footprint, KernelVsock, Launch, LeftVmm
 
 PLATFORM_VERSION: Final = "1.0.0"
 OPTIONS: Final = frozenset(
@@ -82,6 +82,10 @@ class SimulatedDriver:
         """
         self.validate(launch.config)
         return crosvm.start(self._build, self.facts.arch, self.facts.cpus, _as_kernel_vsock(launch))
+
+    async def adopt(self, left: LeftVmm) -> CrosvmVmm:
+        """Take over a process of another manager; never raises."""
+        return crosvm.adopt(self._build, left)
 
     @property
     def _build(self) -> Crosvm:
