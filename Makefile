@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest demo test check lab bench fuzz clean
+.PHONY: help setup guest demo test check lab bench fuzz kills clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -39,6 +39,9 @@ bench: guest  ## Measure all that bench/README.md has tables of (one: python -m 
 
 fuzz: setup  ## Fuzz the parsers of foreign files and messages (more time, some only: ARGS='600 qcow2')
 	@$(BIN)/python -m tools.fuzz $(ARGS)
+
+kills: setup  ## Kill managers under load for long, and see that no VM is lost (more: ARGS=1000)
+	@VMACTOR_KILL_ROUNDS=$(or $(ARGS),300) $(BIN)/python -m pytest -s tests/test_keeping_loop.py
 
 clean:  ## Remove everything built or downloaded, but not .venv
 	@rm -rf build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -321,3 +321,30 @@ anyio.run(main)
 def test_without_space_nothing_is_claimed_by_halves_and_releasing_still_works(path: Path) -> None:
     # A limit on file sizes stands in for a full disk, in a process of its own.
     subprocess.run([sys.executable, "-c", NO_SPACE, path], check=True, cwd=Path(__file__).parent.parent)
+
+
+async def test_after_a_power_failure_cids_go_on_above_those_that_may_have_been_given_out(path: Path) -> None:
+    with CidPool(path) as pool:
+        pool.advance(2100, 1024)  # the file was never written: it is new
+        assert await pool.claim() == 2100 + 1024 + 1
+        pool.advance(2100, 0)  # the file knows more
+        assert await pool.claim() == 2100 + 1024 + 2
+        pool.advance(LAST, 10)  # round the end
+        pool.advance(0, 10)  # nothing is known
+        assert await pool.claim() == 2100 + 1024 + 3
+    with CidPool(path) as pool:
+        os.pwrite(pool._fd, (LAST - 5).to_bytes(4, "little"), 0)
+        pool.advance(LAST - 2, 10)
+        assert await pool.claim() == FIRST + 8
+
+
+@pytest.mark.parametrize("size", range(8))
+async def test_a_counter_that_was_cut_off_is_made_good_by_what_the_journal_knows(
+    path: Path, size: int
+) -> None:
+    with CidPool(path) as pool:
+        last = await pool.claim()
+    os.truncate(path, min(size, path.stat().st_size))
+    with CidPool(path) as pool:
+        pool.advance(last, 0)
+        assert await pool.claim() == last + 1

@@ -12,58 +12,15 @@ from typing import Any, BinaryIO
 import anyio
 import pytest
 
-from tests.keeping_manager import KeepingManager
+from tests.keeping_manager import Start, ended, entry_of, managers
 from vmactor import RawConfig, VirtualizationService
 from vmactor.errors import IllegalStateError
-from vmactor.process import has_ended
-
-Start = Callable[..., KeepingManager]
 
 
 @pytest.fixture
 def manager(short_dir: Path) -> Iterator[Start]:
     """Start managers of one state directory, one after the other; nothing of them or their VMs is left."""
-    started: list[KeepingManager] = []
-
-    def start(*arguments: str) -> KeepingManager:
-        if started:
-            started[-1].__exit__()
-        started.append(KeepingManager(short_dir / "state", *arguments))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.__exit__()
-    for pid in bearers(short_dir):
-        os.kill(pid, signal.SIGKILL)
-
-
-def bearers(directory: Path) -> list[int]:
-    """The processes of VMs whose directories are in there."""
-    tokens = []
-    for ledger in directory.glob("state/vm/*/ledger"):
-        head = entry_of(ledger.read_text().splitlines()[0])
-        tokens.append(f"VMACTOR_VM={head['token']}".encode())
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if any(token in environ.read_bytes() for token in tokens):
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def ended(pid: int) -> bool:
-    """Whether a process that this one need not be the parent of has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return has_ended(pidfd)
-    finally:
-        os.close(pidfd)
+    yield from managers(short_dir)
 
 
 def channel_of(directory: Path, pid: int, name: str) -> BinaryIO:
@@ -75,11 +32,6 @@ def channel_of(directory: Path, pid: int, name: str) -> BinaryIO:
         if os.readlink(link) == pipe:  # noqa: PTH115
             return link.open("rb", 0)
     raise AssertionError(f"process {pid} has no {name}")
-
-
-def entry_of(line: str) -> dict[str, Any]:
-    entry: dict[str, Any] = json.loads(line.partition(" ")[2])
-    return entry
 
 
 def forge(ledger: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from vmactor.images.idsig import Idsig, IdsigResult
     from vmactor.messages import (
+        Adopted,
         CpuTopology,
         Created,
         CreationFailed,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         Gap,
         HungUp,
         ImageKind,
+        ManagerRestarted,
         MemoryTrimLevel,
         Orphaned,
         PartitionType,
@@ -104,6 +106,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActorDiedError",
     "AdmissionPolicy",
+    "Adopted",
     "ApkError",
     "AppConfig",
     "Backoff",
@@ -134,6 +137,7 @@ __all__ = [
     "LabelError",
     "LabelRules",
     "MailboxFullError",
+    "ManagerRestarted",
     "Memory",
     "MemoryTrimLevel",
     "NotStoppedError",
@@ -215,8 +219,8 @@ _HOMES: Final = {
     ),
     "images.idsig": "Idsig IdsigResult",
     "messages": (
-        "CpuTopology Created CreationFailed DeathReason DebugLevel Died ErrorCode Event Gap HungUp "
-        "ImageKind MemoryTrimLevel Orphaned PartitionType PayloadError PayloadFinished PayloadReady "
+        "Adopted CpuTopology Created CreationFailed DeathReason DebugLevel Died ErrorCode Event Gap HungUp "
+        "ImageKind ManagerRestarted MemoryTrimLevel Orphaned PartitionType PayloadError PayloadFinished PayloadReady "
         "PayloadStarted PayloadState Reaped Removed Requester Restarting RestartsExhausted Resumed "
         "Snapshot Started StopRung Suspended Tombstone UsageSampled VirtualMachineDebugInfo "
         "VirtualMachineState VmInfo VsockMessage"
