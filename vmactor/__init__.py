@@ -221,8 +221,8 @@ _HOMES: Final = {
     "messages": (
         "Adopted CpuTopology Created CreationFailed DeathReason DebugLevel Died ErrorCode Event Gap HungUp "
         "ImageKind ManagerRestarted MemoryTrimLevel Orphaned PartitionType PayloadError PayloadFinished "
-        "PayloadReady PayloadStarted PayloadState Reaped Removed Requester Restarting RestartsExhausted Resumed "
-        "Snapshot Started StopRung Suspended Tombstone UsageSampled VirtualMachineDebugInfo "
+        "PayloadReady PayloadStarted PayloadState Reaped Removed Requester Restarting RestartsExhausted "
+        "Resumed Snapshot Started StopRung Suspended Tombstone UsageSampled VirtualMachineDebugInfo "
         "VirtualMachineState VmInfo VsockMessage"
     ),
     "microdroid.apexes": "StagedApex",
