@@ -15,6 +15,7 @@ from vmactor import messages
 from vmactor.cli import output
 from vmactor.cli.output import EventPrinter, explanation, line_for_people, shown, table, to_json, wants_colour
 from vmactor.messages import (
+    Adopted,
     Created,
     CreationFailed,
     DeathReason,
@@ -23,6 +24,7 @@ from vmactor.messages import (
     Event,
     Gap,
     HungUp,
+    ManagerRestarted,
     Orphaned,
     PayloadError,
     PayloadFinished,
@@ -39,6 +41,7 @@ from vmactor.messages import (
     Suspended,
     Tombstone,
     UsageSampled,
+    VirtualMachineState,
     VsockMessage,
 )
 
@@ -67,6 +70,9 @@ EVENTS: list[Event] = [
     Reaped(monotonic=1400.0, ended=("its VMM (process 7)",)),
     Reaped(monotonic=1400.0),
     Orphaned(monotonic=1400.0, detail="process 7 is unknown"),
+    Adopted(monotonic=1450.0, pid=4242, state=VirtualMachineState.READY),
+    ManagerRestarted(monotonic=1450.0, clean=True),
+    ManagerRestarted(monotonic=1450.0, lost=True),
     CreationFailed(monotonic=1500.0, error="SERVICE_SPECIFIC", code=-8, message="no CID left"),
     UsageSampled(monotonic=1500.0, guest_time_ms=250, cpu_time_ms=300, rss_vm_kib=65536, rss_vmm_kib=98304),
 ]
@@ -96,6 +102,9 @@ GOLDEN = """\
  1300.000  reaped            left by a crashed manager, now cleared away: its VMM (process 7)
  1300.000  reaped            left by a crashed manager, now cleared away: nothing of it was running
  1300.000  orphaned          left by a crashed manager, and kept: process 7 is unknown
+ 1350.000  adopted           kept by the manager before, goes on as READY (process 4242)
+ 1350.000  manager_restarted  the manager before ended
+ 1350.000  manager_restarted  the manager before was killed, or the host went down; events are missing here
  1400.000  creation_failed   no VM "web-3": no CID left
  1400.000  usage             processor 300 ms, guest's 250 ms; memory 98304 KiB, guest's 65536 KiB
 """

@@ -19,6 +19,7 @@ It belongs to one event loop, and like a mailbox it is not for finalizers.
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Generic, TypeVar
 
@@ -33,6 +34,23 @@ E = TypeVar("E")
 
 PATIENCE_SECONDS: Final = 10.0
 """How long a publisher that waits for a subscriber does so, unless the subscriber says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusStatistics:
+    """How a bus does.
+
+    Attributes:
+        subscribers: How many there are.
+        queued: Events that wait, in all queues together.
+        deepest: In the fullest queue.
+        missed: Events that subscribers missed, those included that are gone.
+    """
+
+    subscribers: int
+    queued: int
+    deepest: int
+    missed: int
 
 
 class Bus(Generic[E]):
@@ -91,6 +109,7 @@ class Bus(Generic[E]):
         self._offering = False
         self._closed = False
         self._record = record
+        self._missed = 0  # by those that are gone
         self.seq = 0
 
     def __repr__(self) -> str:
@@ -108,6 +127,12 @@ class Bus(Generic[E]):
         for number, event in enumerate(known, seq - len(known) + 1):
             self._history.append(event)
             self._keep_end(self._terms.ends(event), number, event)
+
+    def statistics(self) -> BusStatistics:
+        """How it does now; takes time by the number of subscribers."""
+        depths = [subscription.queued for subscription in self._subscriptions]
+        missed = self._missed + sum(subscription.missed for subscription in self._subscriptions)
+        return BusStatistics(len(depths), sum(depths), max(depths, default=0), missed)
 
     # -- Publishing ------------------------------------------------------------------------------
 
@@ -316,6 +341,7 @@ class Bus(Generic[E]):
         if subscription not in self._subscriptions:
             return
         del self._subscriptions[subscription]
+        self._missed += subscription.missed
         self._about_all.pop(subscription, None)
         for topic in subscription.choice.topics or ():
             subscriptions = self._by_topic[topic]

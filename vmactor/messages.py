@@ -365,10 +365,16 @@ class CreationFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """The VMM runs."""
+    """The VMM runs.
+
+    Attributes:
+        pid: Its process.
+        elapsed: Seconds since the start was asked for.
+    """
 
     kind = "started"
     pid: int = 0
+    elapsed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -482,6 +488,7 @@ class Died(Event):
         rss_vmm_kib: The same for all of the VMM, the guest included.
         stopped_by: If somebody was stopping the VM: the last way that was tried before it ended. None if it
             ended by itself, was killed from outside, or had no VMM when it was stopped.
+        stop_elapsed: Seconds since somebody first asked for the VM's end; None if nobody did.
         adopted: Whether another manager had started it. Then its exit status is nobody's here to learn:
             ``exit_code`` and ``signal`` are None, and the reason is known by other witnesses or not at all.
     """
@@ -501,6 +508,7 @@ class Died(Event):
     rss_vm_kib: int = 0
     rss_vmm_kib: int = 0
     stopped_by: StopRung | None = None
+    stop_elapsed: float | None = None
     adopted: bool = False
 
 

@@ -9,6 +9,7 @@ bounded by ``MAX_BYTES``.
 import contextlib
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,18 @@ def read_json(data: str | bytes) -> object:
         raise IllegalArgumentError(f"not valid JSON at {place}: {escape(error.msg)}") from None
 
 
+def as_read(value: object) -> object:
+    """What another format's reader gave, such as ``tomllib``, in the form that the readers here take."""
+    match value:
+        case dict():
+            return _Pairs((key, as_read(item)) for key, item in value.items())
+        case list():
+            return [as_read(item) for item in value]
+        case str() | int() | float():
+            return value
+    return str(value)  # a date, say
+
+
 @contextlib.contextmanager
 def about(what: str) -> Iterator[None]:
     """Say at the beginning of an error what it is about."""
@@ -89,7 +102,7 @@ def _shown(value: object) -> str:
     match value:
         case None | bool():
             return json.dumps(value)
-        case int():
+        case int() | float():
             return f"the number {value}"
         case _OddNumber(text):
             return f"the number {escape(text, limit=40)}"
@@ -118,6 +131,33 @@ def flag(value: object, path: str) -> bool:
     if not isinstance(value, bool):
         raise wrong(path, "true or false", value)
     return value
+
+
+def number(least: float, most: float = math.inf) -> Reader[float]:
+    """A reader of numbers within bounds, whole ones or not."""
+
+    def read_number(value: object, path: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise wrong(path, "a number", value)
+        if not least <= value <= most:
+            bounds = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise wrong(path, bounds, value)
+        return value
+
+    return read_number
+
+
+def whole_number(least: int, most: float = math.inf) -> Reader[int]:
+    """The same for whole ones."""
+    read_number = number(least, most)
+
+    def read_whole(value: object, path: str) -> int:
+        if type(value) is not int:
+            raise wrong(path, "a whole number", value)
+        read_number(value, path)
+        return value
+
+    return read_whole
 
 
 def or_null(read: Reader[T]) -> Reader[T | None]:

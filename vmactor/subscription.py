@@ -121,6 +121,11 @@ class Subscription(Generic[E]):
         state = "closed" if self._closed else f"{len(self._queue)}/{self._limit}"
         return f"<Subscription {state} missed={self.missed}>"
 
+    @property
+    def queued(self) -> int:
+        """Events that wait to be read."""
+        return len(self._queue)
+
     def __enter__(self) -> Self:
         return self
 

@@ -9,6 +9,7 @@ import fcntl
 import os
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from vmactor.actors.tombstone_receiver import ClosableListener, SharedPort, Tomb
 from vmactor.actors.usage_sampler import UsageSampler
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.app_config import AppConfig
-from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
+from vmactor.bus import PATIENCE_SECONDS, BusStatistics, Overflow, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.drains import Drains
 from vmactor.errors import (
@@ -96,6 +97,25 @@ MAX_ERROR_TEXT: Final = 4096
 """Characters of an error that are told in an event."""
 
 logger = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatistics:
+    """How a service does.
+
+    Attributes:
+        bus: Its bus.
+        messages: Messages that wait in all VMs' mailboxes together.
+        deepest_mailbox: In the fullest of them.
+        vmm_timeouts: Requests that VMMs did not answer in time.
+        waiting_starts: Starts that wait until fewer VMs boot.
+    """
+
+    bus: BusStatistics
+    messages: int
+    deepest_mailbox: int
+    vmm_timeouts: int
+    waiting_starts: int
 
 
 class VirtualizationService:
@@ -162,6 +182,7 @@ class VirtualizationService:
         self._boots: BootQueue
         self._keeps = keeps
         self._keeper: Keeper | None = None
+        self._vmm_timeouts = 0  # of VMs that are gone
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -592,7 +613,8 @@ class VirtualizationService:
             self._places.clear(place.cid)
 
         def give_back() -> None:
-            self._actors.pop(place.cid, None)
+            if (gone := self._actors.pop(place.cid, None)) is not None:
+                self._vmm_timeouts += gone.vmm_timeouts
             self._records.forget(place.cid)
             resources.close()
 
@@ -757,6 +779,18 @@ class VirtualizationService:
         The same is told to other processes of this user; ``vmactor info --tree`` draws it.
         """
         return self._supervisor.tree()
+
+    def statistics(self) -> ServiceStatistics:
+        """How the service does, for metrics; asks nobody and waits for nothing."""
+        actors = self._actors.values()
+        depths = [len(actor.mailbox) for actor in actors]
+        return ServiceStatistics(
+            bus=self.bus.statistics(),
+            messages=sum(depths),
+            deepest_mailbox=max(depths, default=0),
+            vmm_timeouts=self._vmm_timeouts + sum(actor.vmm_timeouts for actor in actors),
+            waiting_starts=self._boots.waiting,
+        )
 
     def debug_list_vms(self, *, requester: Requester | None = None) -> list[VirtualMachineDebugInfo]:
         """The reference's debug records of the same VMs; SecurityError if the requester may not see them."""

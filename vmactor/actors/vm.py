@@ -78,6 +78,7 @@ from vmactor.messages import (
     PayloadState,
     Release,
     Resume,
+    Started,
     StopRung,
     Suspend,
     TrimMemory,
@@ -145,6 +146,7 @@ class VmActor:
         ended: Set when the VM will never change again and nothing of it is left.
         guest_calls: What came in at the guest's RPC server, refused connections and calls included.
         created_seq: The bus's number of this VM's ``created`` event.
+        vmm_timeouts: How often its VMM did not answer in time.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class VmActor:
         self.run_under_way: Run | None = None
         self.ended = anyio.Event()
         self.created_seq = 0
+        self.vmm_timeouts = 0
         self._spec = spec
         self._context = context
         self._created = created
@@ -175,6 +178,7 @@ class VmActor:
             self._life = _life_of(inheritance)
             self.created_seq = inheritance.vm.created_seq
         self._due: deque[Action] = deque()
+        self._stop_asked: float | None = None
         self._supervisor = Supervisor(f"vm-{spec.cid}", self._child_ended)
         self._started_at: dict[int, float] = {}  # of the run under way, by its generation
         self._log = get_logger(vm=spec.name, cid=spec.cid)
@@ -296,6 +300,8 @@ class VmActor:
         before = self._life.phase
         self._life, actions = transition(self._life, message, reply)
         self._due.extend(actions)
+        if self._life.stopping and self._stop_asked is None:
+            self._stop_asked = anyio.current_time()
         if len(self._life.stoppers) > MANY_STOPPERS:
             waiting = [
                 (rung, who)
@@ -463,8 +469,10 @@ class VmActor:
             "time": datetime.now(UTC),
             "monotonic": now,
         }
-        if isinstance(event, PayloadStarted | Died):
+        if isinstance(event, Started | PayloadStarted | Died):
             header["elapsed"] = now - self._started_at.get(header["generation"], now)
+        if isinstance(event, Died) and self._stop_asked is not None:
+            header["stop_elapsed"] = now - self._stop_asked
         return replace(event, **header)
 
     def _refresh(self, before: Phase) -> None:
@@ -589,7 +597,7 @@ class _StopRequest:
             else:
                 await vmm.request_exit()
         except DeadlineExceededError:
-            pass  # it may do it yet; how long that is waited for is told by the ladder
+            actor.vmm_timeouts += 1  # it may do it yet; how long that is waited for is told by the ladder
         except VmmError as refused:
             with anyio.move_on_after(END_GRACE):
                 await vmm.wait()
@@ -612,6 +620,7 @@ class _ControlRequest:
             await self._carry_out()
         except VmactorError as refused:
             error = refused
+            self._actor.vmm_timeouts += isinstance(refused, DeadlineExceededError)
         self._actor._post(ControlDone(self._generation, error))  # noqa: SLF001 - part of the actor
 
     async def _carry_out(self) -> None:

@@ -14,6 +14,7 @@ import anyio
 
 from vmactor.cli.stdio import STDERR, STDOUT, Writer, is_terminal
 from vmactor.messages import (
+    Adopted,
     Created,
     CreationFailed,
     DeathReason,
@@ -21,6 +22,7 @@ from vmactor.messages import (
     Event,
     Gap,
     HungUp,
+    ManagerRestarted,
     Orphaned,
     PayloadError,
     PayloadFinished,
@@ -148,6 +150,11 @@ def describe(event: Event) -> tuple[str, str]:  # noqa: PLR0911, PLR0912 - a tab
             return f"left by a crashed manager, now cleared away: {shown(what)}", ODD
         case Orphaned():
             return f"left by a crashed manager, and kept: {shown(event.detail)}", BAD
+        case Adopted():
+            return f"kept by the manager before, goes on as {event.state.name} (process {event.pid})", GOOD
+        case ManagerRestarted():
+            how = "ended" if event.clean else "was killed, or the host went down"
+            return f"the manager before {how}{'; events are missing here' if event.lost else ''}", ODD
         case UsageSampled():
             cpu = f"processor {event.cpu_time_ms} ms, guest's {event.guest_time_ms} ms"
             return f"{cpu}; memory {event.rss_vmm_kib} KiB, guest's {event.rss_vm_kib} KiB", PLAIN
