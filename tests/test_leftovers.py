@@ -217,8 +217,17 @@ def other_program(entries: list[dict[str, Any]]) -> None:
     entries[-1]["exe"] = [1, 2]
 
 
+def another_boot(machine: str) -> Callable[[list[dict[str, Any]]], object]:
+    return lambda entries: entries[0].update(boot="b 1", machine=machine)
+
+
 UNTOLD: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
-    "another boot": (lambda entries: entries[0].update(boot="b 1"), "of another boot or pid namespace"),
+    "another host": (another_boot("another"), "of another boot or pid namespace"),
+    "a host without a name": (another_boot(""), "of another boot or pid namespace"),
+    "another namespace": (
+        lambda entries: entries[0].update(boot=entries[0]["boot"].partition(" ")[0] + " 1"),
+        "of another boot or pid namespace",
+    ),
     "another start": (last(start=1), "did not begin when its ledger says"),
     "another program": (other_program, "runs another program than its ledger says"),
     "another cid": (lambda entries: entries[0].update(cid=3000), "of another VM or version"),
@@ -439,3 +448,15 @@ async def test_what_vanishes_while_we_look_is_nobodys(crash: Callable[[str], Cra
         shutil.rmtree(left.directory)
         await reap(state, cids, events.append)
     assert (cids, events) == ([left.cid], [])
+
+
+async def test_what_was_left_before_the_host_was_started_anew_is_cleared_away(
+    crash: Callable[[str], Crash], short_dir: Path
+) -> None:
+    left = crash("running")
+    left.forge(lambda entries: entries[0].update(boot="b 1"))
+    (told,) = await next_manager(short_dir)
+    assert isinstance(told, Reaped)
+    assert (told.ended, told.detail) == ((), "it ended with the host, which has been started anew since")
+    assert left.alive() == left.left  # these numbers are of other processes by now: no one was touched
+    assert not left.directory.exists()

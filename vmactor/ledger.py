@@ -6,9 +6,10 @@ second line tells which process it became. Between the two a manager can be kill
 the VM's token, an unguessable word in its environment (``VMACTOR_VM``). What is not in the ledger was never
 spawned.
 
-It has to outlive its manager, not its host: no process outlives that, and the boot's identity tells. A line
-goes to the kernel with one write and is never flushed to a disk. Each begins with its checksum. One that was
-torn by the crash counts as not written; any other fault makes the whole ledger untrusted.
+It has to outlive its manager, not its host: no process outlives that, and the boot's identity tells, where
+the machine's name says that it is the same host. A line goes to the kernel with one write and is never
+flushed to a disk. Each begins with its checksum. One that was torn by the crash counts as not written; any
+other fault makes the whole ledger untrusted.
 """
 
 import errno
@@ -19,6 +20,7 @@ import secrets
 import stat
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -73,6 +75,7 @@ class LedgerRecord:
         token: The word in the environment of the VM's processes.
         processes: In the order of their spawning.
         keep: Whether the VM is to outlive its manager.
+        machine: Of which host it is, as ``machine_identity`` gives it; empty if nobody knows.
     """
 
     cid: int
@@ -80,6 +83,13 @@ class LedgerRecord:
     token: str
     processes: tuple[Spawned, ...]
     keep: bool = False
+    machine: str = ""
+
+    @property
+    def outlived(self) -> bool:
+        """Whether this host was started anew since, so that no process in it can live."""
+        booted = self.boot.partition(" ")[0] != boot_identity().partition(" ")[0]
+        return booted and self.machine != "" and self.machine == machine_identity()
 
 
 @functools.cache
@@ -87,6 +97,14 @@ def boot_identity() -> str:
     """Names this boot of this host and this process's pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116
+
+
+@functools.cache
+def machine_identity() -> str:
+    """Names this installation of a system over all its boots; empty where it has no name."""
+    with suppress(OSError):
+        return Path("/etc/machine-id").read_text().strip()
+    return ""
 
 
 class Ledger:
@@ -116,7 +134,8 @@ class Ledger:
         ledger = cls(directory / NAME, secrets.token_hex(16))
         os.close(os.open(ledger._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         header = {"vmactor": VERSION, "cid": cid, "boot": boot_identity(), "token": ledger.token}
-        ledger._append(header | {"manager": os.getpid(), "keep": keep})
+        where = {"machine": machine_identity(), "manager": os.getpid()}
+        ledger._append(header | where | {"keep": keep})
         return ledger
 
     def intend(self, role: str, uid: int, channels: Mapping[str, int]) -> int:
@@ -237,6 +256,7 @@ def read_ledger(directory: Path, cid: int) -> LedgerRecord:
         _typed(header, "token", str),
         tuple(spawned.processes),
         header.get("keep") is True,
+        str(header.get("machine", "")),
     )
 
 

@@ -258,6 +258,9 @@ def judge(state: StateDirectory, cids: Iterable[int]) -> list[Leftover]:
             continue
         try:
             record = read_ledger(directory, cid)
+            if record.outlived:
+                found.append(Leftover(cid, _outlived(record), keep=record.keep))
+                continue
             if record.boot != boot_identity():
                 raise LedgerError("it is of another boot or pid namespace, so its processes cannot be told")
             records[cid] = record
@@ -268,6 +271,12 @@ def judge(state: StateDirectory, cids: Iterable[int]) -> list[Leftover]:
     bearers = _bearers({record.token for record in records.values()})
     judged = [_judge(record, bearers.get(record.token, ())) for record in records.values()]
     return found + judged
+
+
+def _outlived(record: LedgerRecord) -> list[Judged]:
+    if not record.processes:
+        return []
+    return [Judged("VM", Standing.GONE, why="it ended with the host, which has been started anew since")]
 
 
 def _judge(record: LedgerRecord, bearers: Iterable[int]) -> Leftover:

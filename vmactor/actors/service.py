@@ -7,7 +7,7 @@ directory. It is an async context manager; each VM is a child of its supervisor.
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -182,6 +182,7 @@ class VirtualizationService:
         self._boots: BootQueue
         self._keeps = keeps
         self._keeper: Keeper | None = None
+        self._draining = False
         self._vmm_timeouts = 0  # of VMs that are gone
 
     def __repr__(self) -> str:
@@ -319,12 +320,14 @@ class VirtualizationService:
             CapacityExceededError: The host has no room for it; nothing was begun.
             ResourceExhaustedError: No CID, descriptor or space.
             ServiceSpecificError: Five CIDs in a row had no RPC server to be had.
-            IllegalStateError: The service is not open, or keeps no VMs.
+            IllegalStateError: The service is not open, is about to end, or keeps no VMs.
             SecurityError: The requester lacks a permission; or is another than this process's user, and this
                 is not root.
             LabelError: The SELinux label of a file does not allow to give it to a VM.
         """
         self._check_open()
+        if self._draining:
+            raise IllegalStateError("the service is about to end and takes no more VMs: ask the next one")
         if keep and not self._keeps:
             raise IllegalStateError("this service keeps no VMs: open it with keeps=True, or leave out keep")
         facts = self._facts if config.cpu_topology is CpuTopology.MATCH_HOST else None
@@ -507,6 +510,21 @@ class VirtualizationService:
         Returns:
             By CID, what ended it, or the error.
         """
+        return await self._shut_down(self._actors, ladder)
+
+    async def drain(self, ladder: StopLadder | None = None) -> dict[int, StopRung | NotStoppedError | None]:
+        """Get ready to end: take no more VMs, and shut down those that are not kept.
+
+        Args:
+            ladder: As for ``shutdown_vms``, and so is what is returned.
+        """
+        self._draining = True
+        passing = {cid: actor for cid, actor in self._actors.items() if not actor.keeps}
+        return await self._shut_down(passing, ladder)
+
+    async def _shut_down(
+        self, actors: Mapping[int, VmActor], ladder: StopLadder | None
+    ) -> dict[int, StopRung | NotStoppedError | None]:
         ends: dict[int, StopRung | NotStoppedError | None] = {}
 
         async def shut_down(cid: int, actor: VmActor) -> None:
@@ -516,7 +534,7 @@ class VirtualizationService:
                 ends[cid] = error
 
         async with anyio.create_task_group() as climbers:
-            for cid, actor in sorted(self._actors.items()):
+            for cid, actor in sorted(actors.items()):
                 climbers.start_soon(shut_down, cid, actor)
         return ends
 

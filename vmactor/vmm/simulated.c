@@ -441,16 +441,16 @@ static void begin_request(struct track *track, const char *method, unsigned char
     pack_number(track, 0x90 | params, 0, 0);
 }
 
-static enum outcome send_request(struct track *track) {
+static bool send_request(struct track *track) {
     track->replied = 0;
-    if (send(track->rpc, track->text, track->size, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)track->size)
-        return wait_until(track, AWAITING, now_ms() + REPLY_LIMIT_MS);
-    hang_up(track); /* never on a fresh connection, whose buffer takes any request */
-    return fail(track, "cannot send to the manager");
+    return send(track->rpc, track->text, track->size, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)track->size;
 }
 
+static enum outcome await_reply(struct track *track) { return wait_until(track, AWAITING, now_ms() + REPLY_LIMIT_MS); }
+
 static enum outcome dial(struct track *track) {
-    if ((track->rpc = dial_manager()) >= 0) return send_request(track);
+    if ((track->rpc = dial_manager()) >= 0 && send_request(track)) return await_reply(track);
+    hang_up(track);
     long now = now_ms();
     if (now < track->wake) {
         track->again = now + CONNECT_PAUSE_MS;
@@ -464,7 +464,8 @@ static enum outcome dial(struct track *track) {
 
 static enum outcome report(struct track *track) {
     if (!vm.vsock) return fail(track, "no vsock: give --vsock cid=N,device=DIRECTORY");
-    if (track->rpc >= 0) return send_request(track);
+    if (track->rpc >= 0 && send_request(track)) return await_reply(track);
+    hang_up(track); /* that manager is gone, and there may be another one */
     track->wake = now_ms() + CONNECT_LIMIT_MS;
     return dial(track);
 }
