@@ -414,11 +414,14 @@ def open_channels(judged: Judged) -> dict[str, int]:
 def _header(state: StateDirectory, cid: int) -> dict[str, Any]:
     """Who the VM was, by its record; that is another process's word."""
     record = state.record(cid) or {}
-    name, driver, generation = (record.get(key) for key in ("name", "driver", "generation"))
+    name, driver, generation, uid = (
+        record.get(key) for key in ("name", "driver", "generation", "requester_uid")
+    )
     return {
         "name": name[:64] if isinstance(name, str) else "",
         "driver": driver[:64] if isinstance(driver, str) else "",
         "generation": generation if type(generation) is int else 0,
+        "uid": uid if type(uid) is int else 0,
         "time": datetime.now(UTC),
         "monotonic": anyio.current_time(),
     }

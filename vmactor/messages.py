@@ -286,6 +286,7 @@ class Event:
         generation: Which run of the VM this belongs to; 0 before the first start.
         name: The VM's name as its creator gave it.
         driver: The VMM driver's name; ``simulated`` is never hidden.
+        uid: The user that asked for the VM; 0 where there is no VM, or nobody knows.
         time: Wall-clock time, UTC.
         monotonic: The event loop's clock, in seconds; for differences only.
     """
@@ -297,6 +298,7 @@ class Event:
     generation: int = 0
     name: str = ""
     driver: str = ""
+    uid: int = 0
     time: datetime = UNSTAMPED
     monotonic: float = 0.0
 
@@ -318,7 +320,6 @@ class Created(Event):
     """The VM exists and can be started.
 
     Attributes:
-        uid: The user that asked for it.
         protected: Whether a protected VM was asked for.
         config_type: ``RawConfig`` or ``AppConfig``.
         cpus: Virtual processors.
@@ -327,7 +328,6 @@ class Created(Event):
     """
 
     kind = "created"
-    uid: int = 0
     protected: bool = False
     config_type: str = "RawConfig"
     cpus: int = 1
@@ -343,8 +343,7 @@ class CreationFailed(Event):
         error: The error's kind, as in the reference.
         code: The kind's binder exception code.
         message: The error's text.
-        uid: As in ``created``, with what follows.
-        protected: The same.
+        protected: As in ``created``, with what follows.
         config_type: The same.
         cpus: The same.
         memory_mib: The same.
@@ -355,7 +354,6 @@ class CreationFailed(Event):
     error: str
     code: int
     message: str
-    uid: int = 0
     protected: bool = False
     config_type: str = "RawConfig"
     cpus: int = 1
@@ -679,11 +677,13 @@ class Requester:
         uid: The user.
         gid: Its primary group.
         groups: Its other groups.
+        pid: The process that asks, for people; None for this one.
     """
 
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
+    pid: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         numbers = (self.uid, self.gid, *self.groups)

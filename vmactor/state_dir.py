@@ -2,7 +2,8 @@
 
 ::
 
-    /run/vmactor            for root, else $XDG_RUNTIME_DIR/vmactor; mode 0700
+    /run/vmactor            for root, else $XDG_RUNTIME_DIR/vmactor; mode 0700, or 0711 if the daemon's
+                            socket is in it, which others may reach: all the rest is private by itself
       cids                  counter, rests and claims (vmactor.cid)
       managers/<pid>-<n>    one living manager's socket for inspections
       vm/<cid>/             one VM's private directory: sockets, and
@@ -82,7 +83,7 @@ class StateDirectory:
             raise IllegalArgumentError(f"state directory {self.path} is too long: at most {room} bytes")
         self._vms = f"{self.path}/vm/"
         try:
-            _make_private(self.path)
+            _make_private(self.path, passable=True)
             _make_private(self.path / "vm")
             _make_private(self.managers)
             self.cids = CidPool(self.path / "cids", usable=self._is_free)
@@ -257,7 +258,7 @@ def _open_plainly(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _make_private(path: Path) -> None:
+def _make_private(path: Path, *, passable: bool = False) -> None:
     with suppress(FileExistsError):
         path.mkdir(mode=0o700, parents=True)
     status = path.lstat()
@@ -265,5 +266,5 @@ def _make_private(path: Path) -> None:
         raise SecurityError(f"{path} is not a directory: remove it, or name another state directory")
     if status.st_uid != os.geteuid():
         raise SecurityError(f"{path} belongs to user {status.st_uid}: name another state directory")
-    if status.st_mode & 0o077:
+    if status.st_mode & (0o066 if passable else 0o077):
         raise SecurityError(f"{path} is open to others: run 'chmod 700 {path}'")

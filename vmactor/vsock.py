@@ -106,6 +106,13 @@ class _Waitable:
             if not self._users:
                 self.sock.close()
 
+    def detach(self) -> int:
+        self._check()
+        if self._users:
+            raise anyio.BusyResourceError("using")
+        self._closed = True
+        return self.sock.detach()
+
     def _check(self) -> None:
         if self._closed:
             raise anyio.ClosedResourceError
@@ -200,6 +207,13 @@ class VsockStream(ByteStream):
                 sock.shutdown(socket.SHUT_WR)
             except OSError as error:
                 raise anyio.BrokenResourceError from error
+
+    def detach(self) -> int:
+        """Give the connection away: its descriptor, which does not block, is the caller's to close.
+
+        No task may be inside another call; the stream counts as closed from now on.
+        """
+        return self._waitable.detach()
 
     async def aclose(self) -> None:
         """Close at once; tasks inside other calls get ``ClosedResourceError``. Idempotent."""

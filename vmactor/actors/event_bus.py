@@ -58,6 +58,7 @@ def _gap(last: Event, missed: int) -> Gap:
         generation=last.generation,
         name=last.name,
         driver=last.driver,
+        uid=last.uid,
         time=last.time,
         monotonic=last.monotonic,
     )

@@ -111,6 +111,11 @@ class VirtualMachine:
         """The public state; never touches the VMM."""
         return self._actor.info.state
 
+    @property
+    def gone(self) -> bool:
+        """Whether the VM will never change again and nothing of it is left."""
+        return self._actor.ended.is_set()
+
     async def start(self, *, timeout: float = START_SECONDS) -> None:
         """Boot the VM; allowed once. Returns when the VMM runs.
 

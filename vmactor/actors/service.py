@@ -273,6 +273,11 @@ class VirtualizationService:
         """Which VMM and vsock transport new VMs get, and why."""
         return self._selection
 
+    @property
+    def policy(self) -> Policy:
+        """What users may do."""
+        return self._policy
+
     async def create_vm(
         self,
         config: RawConfig | AppConfig,
@@ -458,7 +463,7 @@ class VirtualizationService:
                 protected=config.protected_vm,
                 directory=str(place.directory),
                 requester_uid=os.getuid() if requester is None else requester.uid,
-                requester_pid=os.getpid(),
+                requester_pid=requester.pid if requester and requester.pid else os.getpid(),
                 created=datetime.now(UTC),
                 kept=keep,
             )
@@ -741,6 +746,7 @@ class VirtualizationService:
         late: bool = False,
         snapshot: bool = False,
         after: int | None = None,
+        until_end: bool = False,
     ) -> Subscription[Event]:
         """Receive what happens to VMs; use it in a ``with`` block.
 
@@ -759,6 +765,7 @@ class VirtualizationService:
             late: Begin with how the last VMs ended.
             snapshot: Begin with a ``Snapshot`` of the VMs that live.
             after: Begin with what came after the event of this number, as far as the last 4,096 events tell.
+            until_end: End after the first event that ends a VM.
 
         Raises:
             ValueError: The capacity is below 1, or the stream is to begin in several ways.
@@ -777,6 +784,7 @@ class VirtualizationService:
             late=late,
             snapshot=snapshot,
             after=after,
+            until_end=until_end,
         )
 
     def _snapshot(self, seq: int, cids: frozenset[Hashable] | None) -> Snapshot:

@@ -466,6 +466,7 @@ class VmActor:
             "generation": event.generation or self._life.generation,
             "name": self._spec.name,
             "driver": self._spec.driver.name,
+            "uid": self.info.requester_uid,
             "time": datetime.now(UTC),
             "monotonic": now,
         }

@@ -47,6 +47,7 @@ def build() -> argparse.ArgumentParser:
     _add_connect(commands)
     _add_list(commands)
     _add_info(commands)
+    _add_serve(commands)
     _add_demo(commands)
     _add_create_partition(commands)
     _add_create_composite(commands)
@@ -213,6 +214,32 @@ def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_state_dir(info)
     _add_vmm(info)
     _add_json(info, "print one JSON object")
+
+
+def _add_serve(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    serve = _add(commands, "serve", "run VMs for all who ask by a unix socket, until SIGTERM or SIGINT")
+    serve.add_argument(
+        "--socket",
+        metavar="PATH",
+        type=Path,
+        help="where to listen (default: vmactor.sock in $RUNTIME_DIRECTORY, else in /run/vmactor for root, "
+        "else in $XDG_RUNTIME_DIR/vmactor)",
+    )
+    serve.add_argument(
+        "--policy",
+        metavar="FILE",
+        type=Path,
+        help="which user may do what (default: root and this user everything, all others nothing)",
+    )
+    serve.add_argument(
+        "--tombstones",
+        metavar="DIR",
+        type=Path,
+        help="keep what guests report of crashes inside them there (default: they cannot report them)",
+    )
+    _add_vmm(serve)
+    _add_platform(serve)
+    _add_state_dir(serve)
 
 
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum, IntEnum
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from uuid import UUID
 
@@ -41,7 +42,9 @@ _FILES: Final[dict[type, frozenset[str]]] = {
         }
     ),
 }
-"""Fields that are descriptors, or tuples of them."""
+"""Fields that are descriptors, or tuples of them. Classes of this package say so themselves (``FILE``)."""
+FILE: Final = MappingProxyType({"file": True})
+"""Metadata of a field that is a descriptor."""
 _EVENTS: Final[dict[str, type[Event]]] = {
     kind.kind: kind
     for kind in vars(messages).values()
@@ -85,7 +88,7 @@ def to_wire(value: Any) -> Any:
         for name, wire in _names(cast("Any", kind))
         if (item := getattr(value, name)) is not None
     }
-    for name in _FILES.get(kind, ()):
+    for name in _files(cast("Any", kind)):
         if (files := row.get(camel(name))) is not None:
             row[camel(name)] = [Attached(fd) for fd in files] if isinstance(files, list) else Attached(files)
     if isinstance(value, Event):
@@ -105,6 +108,12 @@ def _names(kind: Any) -> tuple[tuple[str, str], ...]:
         for field in dataclasses.fields(kind)
         if not field.name.startswith("_")
     )
+
+
+@cache
+def _files(kind: Any) -> frozenset[str]:
+    own = frozenset(field.name for field in dataclasses.fields(kind) if field.metadata.get("file"))
+    return _FILES.get(kind, own)
 
 
 # -- From the wire -----------------------------------------------------------------------------------
@@ -240,7 +249,7 @@ def _file(value: Any, what: str, _strict: bool) -> Any:
 
 def _record(kind: type) -> _Reader:
     hints = get_type_hints(kind)
-    files = _FILES.get(kind, frozenset())
+    files = _files(cast("Any", kind))
     readers: dict[str, tuple[str, _Reader]] = {}
     for name, wire in _names(kind):
         read = _reader(hints[name]) if name not in files else _file

@@ -9,15 +9,16 @@ import inspect
 import os
 import socket
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from vmactor.errors import DeadlineExceededError, IllegalStateError, ResourceExhaustedError
 from vmactor.rpc import files
-from vmactor.rpc.files import ReceivedFile, close_all
+from vmactor.rpc.files import MAX_FILES, ReceivedFile, Room, close_all
 from vmactor.rpc.framing import (
     NOTIFICATION,
     READ_SIZE,
@@ -31,6 +32,10 @@ from vmactor.rpc.framing import (
 from vmactor.waiting import Moment, Waiter, each_time_readable, soon, waiter_type, wake, within, writable
 
 CLOSED: Final = "the connection is closed; connect again"
+TURN: Final = 256
+"""Messages that are taken before others of the loop have their turn."""
+FILE_COST: Final = 4096
+"""What a descriptor that waits to be sent counts, in bytes: it is an open file, or a guest's connection."""
 
 
 class Peer(Protocol):
@@ -71,19 +76,22 @@ class Connection:
         sock: Connected, does not block; closed when ``run`` ends.
         peer: What to do with what comes in.
         limits: What the other side may take.
+        room: How many received descriptors may be held, perhaps shared with other connections.
     """
 
-    def __init__(self, sock: socket.socket, peer: Peer, limits: Limits) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, limits: Limits, room: Room | None = None) -> None:
         self._sock = sock
         self._peer = peer
         self._limits = limits
+        self._files = room or Room(limits.outstanding * MAX_FILES)
         self._decoder = Decoder(limits)
         self._encoder = Encoder()
         self._buffer = bytearray(READ_SIZE)
         self._view = memoryview(self._buffer)
         self._calls: dict[int, _Call] = {}
         self._next = 0
-        self._out: deque[tuple[bytes, list[int]]] = deque()
+        self._more = False  # messages that came are not taken yet
+        self._out: deque[tuple[bytes | memoryview, list[int]]] = deque()
         self._unsent = 0
         self._flushing = False  # a flush is under way, or is to come in this turn of the loop
         self._room: Moment | None = None
@@ -114,9 +122,18 @@ class Connection:
 
     async def _read(self) -> None:
         while not self.closed:
-            await each_time_readable(self._sock, self._on_readable)
+            if self._more:
+                await anyio.lowlevel.checkpoint()
+                self._take_messages()
+            else:
+                await each_time_readable(self._sock, self._on_readable)
             if self._unsent > self._limits.unsent_bytes:
                 await self.drained()
+
+    def start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Do something as long as the connection lasts; only while it runs."""
+        assert self._tasks is not None  # noqa: S101
+        self._tasks.start_soon(work, *args)
 
     def close(self) -> None:
         """End the connection: what is queued is tried once, the rest is dropped. Idempotent."""
@@ -148,24 +165,54 @@ class Connection:
     # -- Reading -----------------------------------------------------------------------------------
 
     def _on_readable(self) -> bool:
-        """Read once and do what came; whether to go on."""
+        """Read once and do what came; whether to go on so."""
+        if self.closed:
+            return False
         try:
-            size, received = files.receive(self._sock, self._buffer)
-            if not size:
-                self._fail(None)
-                return False
-            self._decoder.feed(self._view[:size], received)
-            for message, attached in self._decoder.messages():
-                self._take(message, attached)
+            size, received = files.receive(self._sock, self._buffer, self._files)
         except (BlockingIOError, InterruptedError):
             return True
-        except (BadMessageError, files.TruncatedError) as error:
-            self._send((RESPONSE, None, self._peer.describe(error), None))
-            self._write_out()
-            self._fail(error)
+        except (files.TruncatedError, ResourceExhaustedError) as error:
+            self._refuse(error)
+            return False
         except OSError as error:
             self._fail(error)
-        return not self.closed and self._unsent <= self._limits.unsent_bytes
+            return False
+        if not size:
+            self._fail(None)
+            return False
+        self._decoder.feed(self._view[:size], received)
+        self._take_messages()
+        return not self.closed and not self._more and self._unsent <= self._limits.unsent_bytes
+
+    def _take_messages(self) -> None:
+        """Take what came, until there is too much to answer or others should have their turn.
+
+        What is answered at once is written at once, too.
+        """
+        wrote, self._flushing = self._flushing, True
+        turn = TURN
+        try:
+            for message, attached in self._decoder.messages():
+                self._take(message, attached)
+                turn -= 1
+                self._more = not turn or self._unsent > self._limits.unsent_bytes
+                if self._more or self.closed:
+                    break
+            else:
+                self._more = False
+        except BadMessageError as error:
+            self._refuse(error)
+        finally:
+            self._flushing = wrote
+        if self._out and not wrote:
+            self._flush()
+
+    def _refuse(self, error: Exception) -> None:
+        """End the connection, and say why."""
+        self._send((RESPONSE, None, self._peer.describe(error), None))
+        self._write_out()
+        self._fail(error)
 
     def _take(self, message: list[Any], attached: list[ReceivedFile]) -> None:
         kind = message[0]
@@ -300,7 +347,7 @@ class Connection:
             return
         data, fds = self._encoder.encode(message)
         self._out.append((data, fds))
-        self._unsent += len(data)
+        self._unsent += len(data) + FILE_COST * len(fds)
         if not self._flushing:
             self._flushing = True
             self._soon(self._flush)
@@ -328,10 +375,10 @@ class Connection:
                 if not fds and len(out) > 1:
                     data = self._joined()
                 sent = files.send(self._sock, data, fds)
+                self._unsent -= sent + FILE_COST * len(fds)
                 _close(fds)
-                self._unsent -= sent
                 if sent < len(data):
-                    out[0] = data[sent:], []
+                    out[0] = memoryview(data)[sent:], []
                 else:
                     out.popleft()
         except (BlockingIOError, InterruptedError):
@@ -343,15 +390,15 @@ class Connection:
             self._room = None
         return not out
 
-    def _joined(self) -> bytes:
+    def _joined(self) -> bytes | memoryview:
         """Put all that comes before the next descriptors in one piece."""
         out = self._out
-        parts = []
+        parts: list[bytes | memoryview] = []
         size = 0
         while out and not out[0][1] and size < READ_SIZE:
             parts.append(out.popleft()[0])
             size += len(parts[-1])
-        data = b"".join(parts)
+        data = b"".join(parts) if len(parts) > 1 else parts[0]
         out.appendleft((data, []))
         return data
 

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 
@@ -21,6 +21,9 @@ RESPONSE: Final = 1
 NOTIFICATION: Final = 2
 READ_SIZE: Final = 32 * 1024
 """Most bytes that are fed at once."""
+
+SMALL: Final = 64 * 1024
+"""Bytes of a message that an encoder keeps room for."""
 
 
 class BadMessageError(IllegalArgumentError):
@@ -34,6 +37,8 @@ class Limits:
     Attributes:
         message_bytes: Longest message.
         containers: Most arrays and maps in one message.
+        elements: Longest array or map. Room for an array is made when its head is read, and arrays can be
+            nested a thousand times before their ends are missed: so this bounds what a few bytes can take.
         nesting: Deepest nesting of arrays and maps, the message itself included.
         outstanding: Calls being worked on at the same time; one more is answered with an error.
         unsent_bytes: Answers that may wait for a peer who does not read, before nothing is read from him.
@@ -41,13 +46,16 @@ class Limits:
 
     message_bytes: int = 1 << 20
     containers: int = 16_384
+    elements: int = 1024
     nesting: int = 16
     outstanding: int = 256
     unsent_bytes: int = 1 << 20
 
 
 SERVER: Final = Limits()
-CLIENT: Final = Limits(message_bytes=64 << 20, containers=1 << 20, outstanding=65_536, unsent_bytes=64 << 20)
+CLIENT: Final = Limits(
+    message_bytes=64 << 20, containers=1 << 20, elements=1 << 20, outstanding=65_536, unsent_bytes=64 << 20
+)
 """For who trusts his peer more than that trusts him."""
 
 
@@ -84,14 +92,20 @@ class _Place(ReceivedFile):
         super().__init__(-1)
         self.index = index
 
-    def fill(self, file: ReceivedFile) -> None:
-        self._fd = file.detach()
+
+class _Came(NamedTuple):
+    """The descriptors of one read, and from where to where in the stream that went."""
+
+    start: int
+    end: int
+    files: list[ReceivedFile]
 
 
 class Decoder:
     """Turns a byte stream, cut anywhere, into messages, each with its descriptors.
 
-    Give it each read's descriptors before its bytes. Whoever takes a message owns its files.
+    Whoever takes a message owns its files. Descriptors belong to the message that begins last in the read
+    that brought them: they were sent with its first byte, and a read ends with the piece that has some.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -99,28 +113,28 @@ class Decoder:
         self._counters = _Counters(limits.containers)
         self._fed = 0
         self._end = 0  # offset of the end of the last message
-        self._waiting: deque[ReceivedFile] = deque()
+        self._waiting: deque[_Came] = deque()
         self._unpacker = msgpack.Unpacker(
             max_buffer_size=limits.message_bytes + READ_SIZE,
+            max_array_len=limits.elements,
+            max_map_len=limits.elements,
             list_hook=self._counters.container,
             object_hook=self._counters.container,
             ext_hook=self._counters.extension,
         )
 
     def feed(self, data: bytes | memoryview, files: list[ReceivedFile]) -> None:
-        """Take in at most ``READ_SIZE`` bytes; iterate over the messages before feeding again.
-
-        Raises:
-            BadMessageError: Too many descriptors wait for their message.
-        """
-        self._waiting.extend(files)
-        if len(self._waiting) > 2 * MAX_FILES:
-            raise BadMessageError(f"more than {MAX_FILES} descriptors with one message")
+        """Take in one read of at most ``READ_SIZE`` bytes; take all messages before feeding again."""
+        start = self._fed
         self._fed += len(data)
+        if files:
+            self._waiting.append(_Came(start, self._fed, files))
         self._unpacker.feed(data)
 
     def messages(self) -> Iterator[tuple[list[Any], list[ReceivedFile]]]:
         """The complete messages of what was fed, each an array of 3 or 4 elements, and its files.
+
+        Whoever stops in the middle gets the others by asking again.
 
         Raises:
             BadMessageError: What came is no message, or breaks a limit.
@@ -136,40 +150,61 @@ class Decoder:
             end = self._unpacker.tell()
             if end - self._end > limits.message_bytes:
                 raise self._too_long()
-            self._end = end
-            if type(message) is not list or len(message) not in (3, 4):
-                raise BadMessageError("a message is an array of 3 or 4 elements")
-            if counters.containers > limits.nesting and _deeper_than(limits.nesting, message):
-                raise BadMessageError(f"arrays and maps nested deeper than {limits.nesting}")
-            counters.containers = 0
-            files: list[ReceivedFile] = self._fill() if counters.files else []
-            yield message, files
+            begin, self._end = self._end, end
+            came = self._of(begin, end) if self._waiting else []
+            try:
+                self._check(message)
+                if counters.files:
+                    self._fill(came)
+            except BadMessageError:
+                close_all(came)
+                raise
+            yield message, came
         if self._fed - self._end > limits.message_bytes:
             raise self._too_long()
-        if self._fed == self._end:
-            self._close_waiting()
+
+    def _check(self, message: Any) -> None:
+        counters, limits = self._counters, self._limits
+        if type(message) is not list or len(message) not in (3, 4):
+            raise BadMessageError("a message is an array of 3 or 4 elements")
+        if counters.containers > limits.nesting and _deeper_than(limits.nesting, message):
+            raise BadMessageError(f"arrays and maps nested deeper than {limits.nesting}")
+        counters.containers = 0
 
     def close(self) -> None:
         """Close the descriptors that no message took."""
-        self._close_waiting()
+        for came in self._waiting:
+            close_all(came.files)
+        self._waiting.clear()
 
-    def _fill(self) -> list[ReceivedFile]:
+    def _of(self, begin: int, end: int) -> list[ReceivedFile]:
+        """The descriptors of a message; those that belong to none are closed."""
+        waiting = self._waiting
+        while waiting and waiting[0].start < end:
+            if (
+                waiting[0].end > end
+            ):  # they are of a message that begins later, or of this one: that ends later
+                break
+            came = waiting.popleft()
+            if came.start <= begin < came.end:
+                return came.files
+            close_all(came.files)  # sent in the middle of a message
+        return []
+
+    def _fill(self, came: list[ReceivedFile]) -> None:
+        """Put the descriptors where the message names them; those that it does not name are closed."""
         places, self._counters.files = self._counters.files, []
-        count = 1 + max(place.index for place in places)
+        count = len(places)
         if sorted(place.index for place in places) != list(range(count)):
             raise BadMessageError("a message names each of its descriptors once, by index from 0")
-        if len(self._waiting) < count:
+        if len(came) < count:
             raise BadMessageError(
-                f"the message names {count} descriptors, {len(self._waiting)} came: "
-                "send them with its first byte"
+                f"the message names {count} descriptors, {len(came)} came: send them with its first byte"
             )
-        for place in sorted(places, key=lambda place: place.index):
-            place.fill(self._waiting.popleft())
-        return list(places)
-
-    def _close_waiting(self) -> None:
-        close_all(list(self._waiting))
-        self._waiting.clear()
+        for place in places:
+            place.take_over(came[place.index])
+        close_all(came)
+        came[:] = places
 
     def _too_long(self) -> BadMessageError:
         return BadMessageError(f"message longer than {self._limits.message_bytes} bytes")
@@ -194,7 +229,10 @@ class Encoder:
 
     def __init__(self) -> None:
         self._fds: list[int] = []
-        self._packer = msgpack.Packer(default=self._attach, unicode_errors="backslashreplace")
+        self._packer = self._new_packer()
+
+    def _new_packer(self) -> msgpack.Packer:
+        return msgpack.Packer(default=self._attach, unicode_errors="backslashreplace", buf_size=SMALL)
 
     def _attach(self, value: object) -> msgpack.ExtType:
         if not isinstance(value, Attached):
@@ -219,7 +257,7 @@ class Encoder:
                 os.close(fd)
             self._fds = []
             raise
-        fds = self._fds
-        if fds:
-            self._fds = []
+        if len(data) > SMALL:
+            self._packer = self._new_packer()  # it would keep that much for ever
+        fds, self._fds = self._fds, []
         return data, fds

@@ -99,6 +99,14 @@ class Permissions:
                     "the service's policy file"
                 )
 
+    def allow(self, requester: Requester, method: Method) -> bool:
+        """Whether somebody may call a method that has no configuration."""
+        try:
+            self.check(requester, method)
+        except SecurityError:
+            return False
+        return True
+
 
 def is_custom(config: RawConfig | AppConfig) -> bool:
     """Whether a configuration asks for more than to run an APK's payload in the guest meant for it.
