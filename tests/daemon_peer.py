@@ -11,7 +11,7 @@ import anyio
 import msgpack
 
 from tests.simulated_peer import script
-from vmactor import Policy, VirtualizationService
+from vmactor import Policy, StopLadder, VirtualizationService
 from vmactor.daemon.listening import listening
 from vmactor.daemon.server import Server
 from vmactor.daemon.users import Quotas
@@ -38,7 +38,7 @@ async def daemon(
     directory: Path, *, quotas: Quotas | None = None, policy: Policy | None = None, vmm: str = "simulated"
 ) -> AsyncIterator[Daemon]:
     """Serve below a directory; at the end all VMs are gone."""
-    service = VirtualizationService(vmm=vmm, state_directory=directory / "state", policy=policy)
+    service = VirtualizationService(vmm=vmm, state_directory=directory / "state", policy=policy, keeps=True)
     with listening(directory / "socket") as listener:
         async with service:
             server = Server(service, quotas)
@@ -46,6 +46,7 @@ async def daemon(
                 await tasks.start(server.serve, [listener])
                 yield Daemon(directory / "socket", server, service)
                 tasks.cancel_scope.cancel()
+            await service.shutdown_vms(StopLadder(power_button=None, exit_request=None))  # kept ones, too
 
 
 class Client:

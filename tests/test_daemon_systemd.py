@@ -152,3 +152,27 @@ async def test_a_watchdog_that_is_another_process_is_not_beaten_for_it(short_dir
     notifier = Notifier(environment)
     assert notifier.watchdog_seconds is None
     await notifier.beat()
+
+
+UNITS = Path(__file__).parent.parent / "systemd"
+
+
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    for unit in (UNITS / "vmactor.service", UNITS / "vmactor.socket"):
+        text = unit.read_text().replace("/usr/bin/env vmactor", "/usr/bin/env sh")
+        (tmp_path / unit.name).write_text(text)
+    try:
+        done = subprocess.run(
+            ["systemd-analyze", "verify", *sorted(str(path) for path in tmp_path.iterdir())],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no systemd-analyze here")
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_the_service_is_killed_in_a_way_that_kept_vms_survive() -> None:
+    lines = (UNITS / "vmactor.service").read_text().splitlines()
+    assert {"KillMode=process", "RuntimeDirectoryPreserve=yes", "Type=notify"} <= set(lines)

@@ -107,6 +107,11 @@ class VirtualMachine:
         return self._actor.guest_calls
 
     @property
+    def memory_mib(self) -> int | None:
+        """The guest's memory as configured; None where that was left to others."""
+        return self._actor.memory_mib
+
+    @property
     def state(self) -> VirtualMachineState:
         """The public state; never touches the VMM."""
         return self._actor.info.state

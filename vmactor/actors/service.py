@@ -278,6 +278,10 @@ class VirtualizationService:
         """What users may do."""
         return self._policy
 
+    def change_policy(self, policy: Policy) -> None:
+        """Let users do from now on what another policy says; their VMs stay theirs."""
+        self._policy = policy
+
     async def create_vm(
         self,
         config: RawConfig | AppConfig,

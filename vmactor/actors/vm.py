@@ -196,6 +196,11 @@ class VmActor:
         return self._context.transport
 
     @property
+    def memory_mib(self) -> int | None:
+        """The guest's memory as configured."""
+        return self._spec.config.memory_mib
+
+    @property
     def survivors(self) -> str:
         """Processes of the dead VM that outlived SIGKILL, for people; empty if all is well."""
         return self._life.survivors

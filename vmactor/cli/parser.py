@@ -219,6 +219,12 @@ def _add_info(commands: "_Commands[argparse.ArgumentParser]") -> None:
 def _add_serve(commands: "_Commands[argparse.ArgumentParser]") -> None:
     serve = _add(commands, "serve", "run VMs for all who ask by a unix socket, until SIGTERM or SIGINT")
     serve.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="a TOML file with options, over which those of the command line count (docs/operation.md)",
+    )
+    serve.add_argument(
         "--socket",
         metavar="PATH",
         type=Path,
@@ -240,6 +246,7 @@ def _add_serve(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_vmm(serve)
     _add_platform(serve)
     _add_state_dir(serve)
+    serve.set_defaults(vmm=None, platform=None)  # then the configuration says
 
 
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:

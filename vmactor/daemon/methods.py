@@ -117,6 +117,7 @@ async def _create(
             restart=restart,
             guest_binder=binder,
             requester=session.requester,
+            keep=options.keep,
         )
     except BaseException:
         session.user.remove_vm(counted)

@@ -12,6 +12,7 @@ import anyio
 import msgpack
 from anyio.abc import TaskGroup, TaskStatus
 
+from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.service import VirtualizationService
 from vmactor.daemon.methods import METHODS
 from vmactor.daemon.session import Session
@@ -48,6 +49,11 @@ class Server:
         self.vms = Vms()
         self.users = Users(quotas or Quotas())
         self._service = service
+
+    def adopt(self, vm: VirtualMachine) -> None:
+        """Take in a VM that the service has adopted: it is its user's, and kept."""
+        user = self.users.get(vm.info.requester_uid)
+        self.vms.add(vm, user, kept=True, counted=self.vms.count_adopted(user, vm.memory_mib))
 
     async def serve(
         self,

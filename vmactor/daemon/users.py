@@ -171,6 +171,18 @@ class Users:
         self.quotas = quotas
         self._users: dict[int, User] = {}
 
+    @property
+    def connections(self) -> int:
+        """How many all of them have."""
+        return sum(user.connections for user in self._users.values())
+
+    def change_quotas(self, quotas: Quotas) -> None:
+        """Let each have so much from now on; what somebody has too much of stays his."""
+        self.quotas = quotas
+        for user in self._users.values():
+            if not user.privileged:
+                user.quotas = quotas
+
     def get(self, uid: int) -> User:
         """A user, known or new; those of whom nothing is left are forgotten."""
         user = self._users.get(uid)

@@ -51,6 +51,13 @@ class Vms:
         user.add_vm(counted)
         return counted
 
+    def count_adopted(self, user: User, memory_mib: int | None) -> int:
+        """Count a VM that is there already, whether its user may have it or not; as ``reserve`` else."""
+        counted = memory_mib or DEFAULT_MEMORY_MIB
+        user.vms += 1
+        user.memory_mib += counted
+        return counted
+
     def add(self, vm: VirtualMachine, user: User, *, kept: bool, counted: int) -> OwnedVm:
         """A VM was created, or found: it lives until it is given up."""
         if (gone := self._vms.pop(vm.cid, None)) is not None:
