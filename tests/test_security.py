@@ -126,7 +126,7 @@ async def test_every_method_asks_for_its_permission_of_every_kind_of_caller(
 ) -> None:
     places = []
 
-    async def no_place(*_: object) -> None:
+    async def no_place(*_: object, **_options: object) -> None:
         places.append(1)
         raise VmactorError("a place was looked for")
 

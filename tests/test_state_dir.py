@@ -67,7 +67,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a symbolic link": (link, "is not a directory: remove it"),
     "a dangling link": (lambda path: path.symlink_to("nowhere"), "is not a directory"),
     "a file": (lambda path: path.touch(), "is not a directory"),
-    "open to a group": (lambda path: path.mkdir(mode=0o710), "chmod 700"),
+    "open to a group": (lambda path: path.mkdir(mode=0o750), "chmod 700"),
     "open to all": (open_to_all, "chmod 700"),
 }
 
@@ -83,6 +83,16 @@ def test_what_others_could_have_a_hand_in_is_refused(tmp_path: Path, bad: str, i
     with pytest.raises(SecurityError, match=message):
         StateDirectory(path)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_others_may_pass_through_it_to_the_daemons_socket_and_into_nothing_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.mkdir(mode=0o711)
+    with StateDirectory(path):
+        assert {entry.stat().st_mode & 0o077 for entry in path.iterdir()} == {0}
+    (path / "vm").chmod(0o711)
+    with pytest.raises(SecurityError, match="chmod 700"):
+        StateDirectory(path)
 
 
 def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
