@@ -1,5 +1,8 @@
 """A real guest that outlives its managers, killed one after the other."""
 
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +46,27 @@ def test_a_real_guest_outlives_three_managers(manager: Start, guest_dir: Path) -
     assert not list((four.state / "vm").iterdir())
     kinds = [event["event"] for event in four.events]
     assert [kinds.count(kind) for kind in ("created", "adopted", "died")] == [1, 3, 1]
+
+
+def test_the_last_words_of_a_guest_that_ended_without_a_manager_are_told(
+    manager: Start, guest_dir: Path
+) -> None:
+    one = manager("qemu")
+    cid = one.create("started;ready;serve", config=str(guest_dir / "vm.json"))
+    one.expect("payload_ready", cid)
+    pid = one.ask("info", cid=cid)["pid"]
+    one.process.send_signal(signal.SIGSTOP)  # it reads nothing any more
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.connect(str(one.state / "vm" / str(cid) / "vsock"))
+        agent.sendall(b"CONNECT 5000\n")
+        said = agent.makefile("rb")
+        assert said.readline().startswith(b"OK")
+        for step in (b"print parting words\n", b"failure MICRODROID_PAYLOAD_HAS_CHANGED|late\n"):
+            agent.sendall(step)
+            assert said.readline() == b"ok\n"
+    one.kill()
+    os.kill(pid, signal.SIGKILL)
+    died = manager("qemu").expect("died", cid)
+    assert "parting words" in died["console_tail"]
+    assert died["failure"].startswith("MICRODROID_PAYLOAD_HAS_CHANGED|late")
+    assert (died["reason"], died["adopted"]) == ("MICRODROID_PAYLOAD_HAS_CHANGED", True)

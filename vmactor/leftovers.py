@@ -21,7 +21,7 @@ same way, and adopts it if everything of it is known (``vmactor.actors.keeping``
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -215,7 +215,7 @@ async def _end(leftover: Leftover) -> tuple[str, dict[str, str]]:
     """Kill the processes and read their channels; returns what stands in the way, and the channels' texts."""
     with ExitStack() as stack:
         channels: dict[str, Drain] = {}
-        for judged in leftover.living:
+        for judged in sorted(leftover.living, key=lambda one: one.role != "VMM"):  # its words come first
             for name, fd in open_channels(judged).items():
                 stack.callback(os.close, fd)
                 channels.setdefault(name, Drain(fd, sink=None, sink_cap=0, tail=_TAILS.get(name, 0)))
@@ -394,12 +394,17 @@ def _tokens(pid: int) -> set[str]:
 # -- Reading ---------------------------------------------------------------------------------------
 
 
-def open_channels(judged: Judged) -> dict[str, int]:
+def open_channels(judged: Judged, names: Collection[str] | None = None) -> dict[str, int]:
     """Read ends of the channels that a living process holds open, by name; for the caller to close.
 
     What cannot be had is left out.
+
+    Args:
+        judged: The process.
+        names: Which of them; all if None.
     """
-    wanted = {f"pipe:[{inode}]": name for name, inode in judged.channels.items()}
+    channels = judged.channels.items()
+    wanted = {f"pipe:[{inode}]": name for name, inode in channels if names is None or name in names}
     found: dict[str, int] = {}
     with suppress(OSError):
         for number in os.listdir(f"/proc/{judged.pid}/fd"):  # noqa: PTH208

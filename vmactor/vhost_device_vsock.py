@@ -8,6 +8,7 @@ ends it; if it dies first, the guest is cut off, and ``wait`` tells.
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Self
 
@@ -42,7 +43,15 @@ class VhostDeviceVsock:
         self._stderr = Drain(stderr, sink=None, sink_cap=0, tail=_STDERR_TAIL)
 
     @classmethod
-    def spawn(cls, executable: Path, cid: int, directory: Path, spawner: Spawner = _PLAIN) -> Self:
+    def spawn(
+        cls,
+        executable: Path,
+        cid: int,
+        directory: Path,
+        spawner: Spawner = _PLAIN,
+        *,
+        holds: Mapping[str, int] | None = None,
+    ) -> Self:
         """Start a helper; ``connect`` waits until it listens.
 
         Args:
@@ -51,6 +60,7 @@ class VhostDeviceVsock:
             directory: Where the sockets ``vsock`` and ``vhost.sock`` go; private (mode 0700), since whoever
                 reaches them can speak for the guest.
             spawner: Spawns the VM's processes.
+            holds: Read ends of its VMM's pipes, by name, that it is to hold open: it outlives its VMM.
 
         Raises:
             IllegalArgumentError: The directory's path is too long for a unix socket.
@@ -68,7 +78,7 @@ class VhostDeviceVsock:
                     [executable.absolute(), "--guest-cid", str(cid), *sockets],
                     stderr=write_end,
                     cwd=directory,
-                    readers={"stderr": read_end},
+                    readers={**(holds or {}), "stderr": read_end},
                 )
             except BaseException:
                 os.close(read_end)

@@ -125,7 +125,7 @@ def inherit(state: StateDirectory, leftover: Leftover) -> Inheritance | None:
             inheritance.channels.update(open_channels(vmm))
             if helper is not None:
                 inheritance.helper = _adopt(helper)
-                inheritance.complaints = open_channels(helper).get("stderr")
+                inheritance.complaints = open_channels(helper, {"stderr"}).get("stderr")
         except OSError as error:
             log.warning("cannot take over a VM that was to be kept", cid=leftover.cid, why=str(error))
             return None

@@ -74,6 +74,8 @@ MEASURE_SECONDS: Final = 5.0
 END_GRACE: Final = 0.5
 """A VMM that ends within this time of its helper's end, or of a refusal to run, ended by itself."""
 
+_LAST_WORDS: Final = ("console", "failure")
+
 log = get_logger()
 
 
@@ -348,7 +350,7 @@ class Run:
         if self.generation > 1:
             self._spec.renew()
         config = await self._look_at_disks()
-        await self._start_helper(stack)
+        await self._start_helper(stack, pipes)
         return await self._spawn(stack, pipes, config)
 
     async def _inherit(self, stack: AsyncExitStack, inheritance: Inheritance) -> Vmm:
@@ -391,11 +393,13 @@ class Run:
         config = self._spec.config
         return await anyio.to_thread.run_sync(lock_formats, config) if config.disks else config
 
-    async def _start_helper(self, stack: AsyncExitStack) -> None:
+    async def _start_helper(self, stack: AsyncExitStack, pipes: "_Pipes") -> None:
         spec = self._spec
         if spec.helper is not None:
+            # Should the VMM of a kept VM end while there is no manager, its last words are still somewhere.
+            holds = {name: pipes.channels.readers[name] for name in _LAST_WORDS} if spec.keep else {}
             self._helper = VhostDeviceVsock.spawn(
-                spec.helper, spec.cid, sockets_of(spec.directory), spec.spawner
+                spec.helper, spec.cid, sockets_of(spec.directory), spec.spawner, holds=holds
             )
             closing = self._closing("its vsock helper", self._helper.process, self._helper)
             await stack.enter_async_context(closing)
