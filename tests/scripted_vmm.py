@@ -265,7 +265,9 @@ class ScriptedHelper:
         self._sockets = socket.socketpair()
 
     @classmethod
-    def spawn(cls, _executable: Path, _cid: int, _directory: Path, _spawner: Spawner) -> Self:
+    def spawn(
+        cls, _executable: Path, _cid: int, _directory: Path, _spawner: Spawner, *, holds: object = None
+    ) -> Self:
         return cls()
 
     @property

@@ -7,9 +7,8 @@ directory. It is an async context manager; each VM is a child of its supervisor.
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from anyio.abc import TaskStatus
 from vmactor import leftovers
 from vmactor.actors.admission import Admission, AdmissionPolicy, need_of
 from vmactor.actors.boots import BootQueue
-from vmactor.actors.event_bus import new_bus
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.inspection import Inspection
@@ -33,13 +31,12 @@ from vmactor.actors.monitor import RunSpec, Sinks
 from vmactor.actors.place import Place, Places
 from vmactor.actors.records import Records
 from vmactor.actors.restart_policy import RestartPolicy
+from vmactor.actors.service_view import ServiceView
 from vmactor.actors.stop_ladder import StopLadder
 from vmactor.actors.tombstone_receiver import PORT as TOMBSTONE_PORT
 from vmactor.actors.tombstone_receiver import ClosableListener, SharedPort, TombstoneReceiver
-from vmactor.actors.usage_sampler import UsageSampler
 from vmactor.actors.vm import VmActor, VmContext
 from vmactor.app_config import AppConfig
-from vmactor.bus import PATIENCE_SECONDS, BusStatistics, Overflow, Subscription
 from vmactor.config import Descriptor, RawConfig, duplicated
 from vmactor.drains import Drains
 from vmactor.errors import (
@@ -64,10 +61,7 @@ from vmactor.messages import (
     PartitionType,
     PayloadState,
     Requester,
-    Snapshot,
     StopRung,
-    UsageSampled,
-    VirtualMachineDebugInfo,
     VirtualMachineState,
     VmInfo,
 )
@@ -79,8 +73,6 @@ from vmactor.process import is_caller
 from vmactor.security.permissions import Method
 from vmactor.security.policy import Policy
 from vmactor.state_dir import StateDirectory, default_path
-from vmactor.supervision_tree import SupervisorInfo
-from vmactor.supervisor import ChildExit, Decision, Strategy, Supervisor
 from vmactor.tombstones import TombstoneStore
 from vmactor.vmm.select import Selection, select
 from vmactor.vsock import listen_on_kernel
@@ -99,26 +91,7 @@ MAX_ERROR_TEXT: Final = 4096
 logger = get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceStatistics:
-    """How a service does.
-
-    Attributes:
-        bus: Its bus.
-        messages: Messages that wait in all VMs' mailboxes together.
-        deepest_mailbox: In the fullest of them.
-        vmm_timeouts: Requests that VMMs did not answer in time.
-        waiting_starts: Starts that wait until fewer VMs boot.
-    """
-
-    bus: BusStatistics
-    messages: int
-    deepest_mailbox: int
-    vmm_timeouts: int
-    waiting_starts: int
-
-
-class VirtualizationService:
+class VirtualizationService(ServiceView):
     """Creates and owns VMs, embedded in this program.
 
     Args:
@@ -154,19 +127,12 @@ class VirtualizationService:
         admission: AdmissionPolicy | None = None,
         keeps: bool = False,
     ) -> None:
-        self.bus = new_bus(self._snapshot, self._write_down)
+        super().__init__(policy or Policy(), self._write_down)
         self._vmm = vmm
         self._state_path = Path(state_directory) if state_directory is not None else None
         self._facts = facts
         self._platform = platform or Platform()
-        self._policy = policy or Policy()
-        self._actors: dict[int, VmActor] = {}
-        self._supervisor = Supervisor("service", self._vm_ended, strategy=Strategy.SIMPLE_ONE_FOR_ONE)
         self._drains = Drains()
-        self._sampler = UsageSampler(
-            lambda: self.bus.asked_for(UsageSampled),
-            lambda: [actor.sample for _, actor in sorted(self._actors.items())],
-        )
         self._workers = anyio.CapacityLimiter(WORKERS)
         self._hashers = anyio.CapacityLimiter(HASHERS)
         self._open = False
@@ -179,11 +145,9 @@ class VirtualizationService:
         self._records: Records
         self._admission_policy = admission or AdmissionPolicy()
         self._admission: Admission
-        self._boots: BootQueue
         self._keeps = keeps
         self._keeper: Keeper | None = None
         self._draining = False
-        self._vmm_timeouts = 0  # of VMs that are gone
 
     def __repr__(self) -> str:
         return f"<VirtualizationService {'open' if self._open else 'closed'} vms={len(self._actors)}>"
@@ -726,130 +690,6 @@ class VirtualizationService:
     def _vsock_peer(self, cid: int) -> int | None:
         actor = self._actors.get(cid)
         return actor.vsock_peer if actor is not None else None
-
-    def _vm_ended(self, child: ChildExit) -> Decision:
-        if child.error is not None:
-            logger.error(
-                "a child of the service failed; if it was a VM, that was ended",
-                child=child.name,
-                exc_info=child.error,
-            )
-        return Decision.IGNORE
-
-    # -- Looking -----------------------------------------------------------------------------------
-
-    def subscribe(
-        self,
-        wants: Callable[[Event], bool] | None = None,
-        *,
-        cids: Iterable[int] | None = None,
-        kinds: Iterable[Hashable] | None = None,
-        capacity: int = 1024,
-        overflow: Overflow = Overflow.DROP_OLDEST,
-        patience: float = PATIENCE_SECONDS,
-        late: bool = False,
-        snapshot: bool = False,
-        after: int | None = None,
-        until_end: bool = False,
-    ) -> Subscription[Event]:
-        """Receive what happens to VMs; use it in a ``with`` block.
-
-        The stream begins with what comes from now on, or with one of ``late``, ``snapshot`` and ``after``.
-
-        Args:
-            wants: Called for every event that passes the other filters; must be quick and publish nothing.
-            cids: Only events of these VMs.
-            kinds: Only events of these classes; a ``Gap`` or ``Snapshot`` comes in any case. While
-                ``UsageSampled`` is among somebody's, all VMs that run are measured, every second or as often
-                as 1 % of a processor allows; nobody else gets it.
-            capacity: Events that may wait.
-            overflow: What happens when they are more. Only ``VirtualMachine.publish_message`` waits for a
-                subscriber that asks for it; a VM's own life waits for nobody.
-            patience: Seconds for which that waits.
-            late: Begin with how the last VMs ended.
-            snapshot: Begin with a ``Snapshot`` of the VMs that live.
-            after: Begin with what came after the event of this number, as far as the last 4,096 events tell.
-            until_end: End after the first event that ends a VM.
-
-        Raises:
-            ValueError: The capacity is below 1, or the stream is to begin in several ways.
-            IllegalArgumentError: There was no event of the number ``after`` yet.
-        """
-        wanted = None if kinds is None else frozenset(kinds)
-        if wanted is not None and UsageSampled in wanted:
-            self._sampler.wake()
-        return self.bus.subscribe(
-            wants,
-            topics=cids,
-            kinds=wanted,
-            capacity=capacity,
-            overflow=overflow,
-            patience=patience,
-            late=late,
-            snapshot=snapshot,
-            after=after,
-            until_end=until_end,
-        )
-
-    def _snapshot(self, seq: int, cids: frozenset[Hashable] | None) -> Snapshot:
-        return Snapshot(
-            seq=seq,
-            time=datetime.now(UTC),
-            monotonic=anyio.current_time(),
-            vms=tuple(info for info in self.list_vms() if cids is None or info.cid in cids),
-        )
-
-    def list_vms(self) -> list[VmInfo]:
-        """The VMs of this service that live, by CID; reads what their actors published and nothing else."""
-        return [self._actors[cid].info for cid in sorted(self._actors)]
-
-    def tree(self) -> SupervisorInfo:
-        """Everything that lives under this service, and how it is; waits for nothing.
-
-        The same is told to other processes of this user; ``vmactor info --tree`` draws it.
-        """
-        return self._supervisor.tree()
-
-    def statistics(self) -> ServiceStatistics:
-        """How the service does, for metrics; asks nobody and waits for nothing."""
-        actors = self._actors.values()
-        depths = [len(actor.mailbox) for actor in actors]
-        return ServiceStatistics(
-            bus=self.bus.statistics(),
-            messages=sum(depths),
-            deepest_mailbox=max(depths, default=0),
-            vmm_timeouts=self._vmm_timeouts + sum(actor.vmm_timeouts for actor in actors),
-            waiting_starts=self._boots.waiting,
-        )
-
-    def debug_list_vms(self, *, requester: Requester | None = None) -> list[VirtualMachineDebugInfo]:
-        """The reference's debug records of the same VMs; SecurityError if the requester may not see them."""
-        self._policy.permissions.check(requester, Method.DEBUG_LIST_VMS)
-        return [
-            VirtualMachineDebugInfo(info.cid, info.directory, info.requester_uid, info.requester_pid)
-            for info in self.list_vms()
-        ]
-
-    def dump(self, *, requester: Requester | None = None) -> str:
-        """The reference's textual dump of the same VMs (its section "dump and debugListVms").
-
-        Raises:
-            SecurityError: The requester lacks a permission.
-        """
-        self._policy.permissions.check(requester, Method.DUMP)
-        infos = self.list_vms()
-        lines = [f"Running {len(infos)} VMs:"]
-        for info in infos:
-            lines += [
-                f"VM CID: {info.cid}",
-                f"\tState: {self._actors[info.cid]!r}",
-                f"\tPayload state {info.payload.name.capitalize()}",
-                f"\tProtected: {str(info.protected).lower()}",
-                f"\ttemporary_directory: {info.directory}",
-                f"\trequester_uid: {info.requester_uid}",
-                f"\trequester_debug_pid: {info.requester_pid}",
-            ]
-        return "\n".join(lines) + "\n"
 
 
 def _duplicate(fd: int | None, what: str, owned: ExitStack) -> int | None:
