@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmactor.actors.stop_ladder import StopLadder
     from vmactor.app_config import AppConfig
     from vmactor.bus import Overflow, Subscription
+    from vmactor.client.service import connect
     from vmactor.config import DiskImage, Partition, RawConfig
     from vmactor.config_file import load_config
     from vmactor.errors import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         InvalidPayloadTransitionError,
         LabelError,
         MailboxFullError,
+        NotConnectedError,
         NotStoppedError,
         ResourceExhaustedError,
         SecurityError,
@@ -140,6 +142,7 @@ __all__ = [
     "ManagerRestarted",
     "Memory",
     "MemoryTrimLevel",
+    "NotConnectedError",
     "NotStoppedError",
     "Orphaned",
     "Overflow",
@@ -195,6 +198,7 @@ __all__ = [
     "VsockListener",
     "VsockMessage",
     "VsockStream",
+    "connect",
     "load_config",
     "load_policy",
     "open_extra_apks",
@@ -209,13 +213,15 @@ _HOMES: Final = {
     "actors.stop_ladder": "StopLadder",
     "app_config": "AppConfig",
     "bus": "Overflow Subscription",
+    "client.service": "connect",
     "config": "DiskImage Partition RawConfig",
     "config_file": "load_config",
     "errors": (
         "ActorDiedError ApkError CapacityExceededError DeadlineExceededError IllegalArgumentError "
         "IllegalStateError ImageError InvalidPayloadTransitionError LabelError MailboxFullError "
-        "NotStoppedError ResourceExhaustedError SecurityError ServiceSpecificError SlowSubscriberError "
-        "StartFailedError UnsafeImageError UnsupportedOperationError VmactorError VmmError VsockError"
+        "NotConnectedError NotStoppedError ResourceExhaustedError SecurityError ServiceSpecificError "
+        "SlowSubscriberError StartFailedError UnsafeImageError UnsupportedOperationError VmactorError "
+        "VmmError VsockError"
     ),
     "images.idsig": "Idsig IdsigResult",
     "messages": (

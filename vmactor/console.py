@@ -24,6 +24,7 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
+from vmactor.follower import Followers
 from vmactor.log import get_logger
 from vmactor.waiting import Moment, readable
 
@@ -116,6 +117,7 @@ class Drain:
         self._lines = lines
         self._sink = _Sink(sink, sink_cap)
         self._ended = False
+        self._followers: Followers | None = None
         self._stopped: Moment | None = None
         self._finishing = False
         self._deadline = math.inf
@@ -139,6 +141,21 @@ class Drain:
     def copies(self) -> bool:
         """Whether what is read goes anywhere, to a sink or as lines; else nothing ever holds it up."""
         return self._sink.source is not None or self._lines is not None
+
+    def follow(self) -> int:
+        """A descriptor that gets the tail, and all that is read from now on; the caller's to close.
+
+        Raises:
+            ResourceExhaustedError: Too many follow already, or there is no descriptor.
+        """
+        if self._followers is None:
+            self._followers = Followers()
+        return self._followers.add(self.tail)
+
+    def end_following(self) -> None:
+        """Let followers know that this was all. Idempotent."""
+        if self._followers is not None:
+            self._followers.close()
 
     def read_once(self) -> bool:
         """Read once, without waiting; whether the end was reached. Not for one that ``copies``."""
@@ -236,6 +253,8 @@ class Drain:
         self._sink.offer(data)
         if self._lines is not None:
             self._lines.feed(data)
+        if self._followers is not None:
+            self._followers.tell(data)
         return len(data)
 
     def _end(self) -> None:

@@ -11,6 +11,7 @@
      |   +- ActorDiedError            the actor ended before it answered
      |   +- MailboxFullError          more work than the actor accepts without waiting
      |   +- SlowSubscriberError       a subscriber that was to be disconnected when it gets too slow, and did
+     |   +- NotConnectedError         there is no daemon at a socket, or the connection to it has ended
      +- UnsupportedOperationError     this VMM, host or version cannot do it
      +- DeadlineExceededError         no answer in time; the actor or VMM may be stuck
      |   +- NotStoppedError           the VM is still there after all that was done to end it
@@ -115,6 +116,10 @@ class SlowSubscriberError(IllegalStateError):
         super().__init__(message)
         self.waiting = waiting
         self.after = after
+
+
+class NotConnectedError(IllegalStateError):
+    """No daemon answers at a socket, or the connection has ended; what was asked for may have been done."""
 
 
 class UnsupportedOperationError(VmactorError):

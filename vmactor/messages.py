@@ -515,7 +515,7 @@ class UsageSampled(Event):
     """What a VM uses of its host; only for those who asked for this kind by name, and only while they do.
 
     It has no number of its own: ``seq`` is that of the last event before it. Fields are those of ``died``,
-    but memory is what is resident now.
+    but memory is what is resident now. ``balloon_kib`` is what the balloon was told to take from the guest.
     """
 
     kind = "usage"
@@ -523,6 +523,7 @@ class UsageSampled(Event):
     cpu_time_ms: int = 0
     rss_vm_kib: int = 0
     rss_vmm_kib: int = 0
+    balloon_kib: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -200,11 +200,17 @@ class Subscription(Generic[E]):
         self._wake_reader()
         self._wake_publishers()
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more comes in; what is queued can still be read."""
+        return self._closed
+
     # -- For the bus -----------------------------------------------------------------------------
 
     def begin_with(self, present: E, seq: int) -> None:
         """Begin with an event that holds the present, as of a number."""
         self._head, self._last = present, seq
+        self._wake_reader()
 
     def begin_after(self, seq: int, missed: int) -> None:
         """Begin after a number, and with a gap if events are missed that nobody knows any more."""
@@ -243,9 +249,9 @@ class Subscription(Generic[E]):
                 raise
             except BaseException as error:  # the subscriber's own affair; it is raised in its task
                 if isinstance(error, Exception):
-                    self._end(error)
+                    self.fail(error)
                 else:  # a cancellation that belongs to nobody, say
-                    self._end(RuntimeError(f"the filter raised {type(error).__name__}"))
+                    self.fail(RuntimeError(f"the filter raised {type(error).__name__}"))
                 return
             if not wanted or self._closed:  # the filter may have closed it
                 return
@@ -303,7 +309,7 @@ class Subscription(Generic[E]):
 
     def _disconnect(self) -> None:
         waiting = len(self._queue)
-        self._end(
+        self.fail(
             SlowSubscriberError(
                 f"disconnected: {waiting} events waited to be read and there is room for {self._limit}; "
                 f"read faster, ask for more room, or subscribe again after number {self._last}",
@@ -312,7 +318,8 @@ class Subscription(Generic[E]):
             )
         )
 
-    def _end(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Receive nothing more; after what is queued, the reader gets this error, unless there was one."""
         if self._error is None:
             self._error = error
         self.close()

@@ -6,6 +6,7 @@ from typing import Final
 
 from vmactor.bus import Bus
 from vmactor.messages import Event, Gap, Snapshot, is_end
+from vmactor.subscription import Terms
 
 HISTORY: Final = 4096
 """How many events are kept for subscribers that were away."""
@@ -66,3 +67,7 @@ def _gap(last: Event, missed: int) -> Gap:
 
 def _stream_ended(event: Event) -> tuple[int, int] | None:
     return (event.cid, event.generation) if is_end(event) else None
+
+
+TERMS: Final[Terms[Event]] = Terms(_stamp, _gap, _stream_ended, _cid, type, _link, None, None)
+"""How a queue in another process, which is filled with a bus's events, deals with them."""

@@ -19,6 +19,7 @@ from vmactor.actors.vm import VmActor
 from vmactor.actors.vocabulary import NOT_RUNNING
 from vmactor.bus import Bus, Subscription
 from vmactor.errors import ActorDiedError, DeadlineExceededError, IllegalArgumentError, IllegalStateError
+from vmactor.follower import ConsoleStream
 from vmactor.messages import (
     Died,
     Event,
@@ -222,6 +223,18 @@ class VirtualMachine:
             DeadlineExceededError: The kernel does not tell within 5 s.
         """
         return await self._actor.measure()
+
+    async def console(self) -> ConsoleStream:
+        """Follow what the guest writes to its console: the last 16 KiB of it, then all that comes.
+
+        Returns:
+            A byte stream, to be closed by the caller; it ends with this run of the VM, and holds up nobody.
+
+        Raises:
+            IllegalStateError: The VM is not running.
+            ResourceExhaustedError: Sixteen follow it already, or there is no descriptor.
+        """
+        return ConsoleStream(self._actor.follow_console())
 
     async def connect_vsock(self, port: int, *, timeout: float = CONNECT_SECONDS) -> VsockStream:
         """Connect to a port on which the guest listens.

@@ -144,6 +144,7 @@ class Run:
         vmm: The VMM, once spawned.
         survivors: The processes that outlived SIGKILL, for people.
         generation: Its number.
+        balloon: What the balloon was last told to take from the guest, in bytes.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Run:
         self._inheritance = inheritance
         self._suspended = suspended
         self._left_alive = False
+        self.balloon = 0
         self._helper: VhostDeviceVsock | None = None
         self._spec = spec
         self._post = post
@@ -221,7 +223,9 @@ class Run:
         vmm = self.running_vmm()
         stats = await vmm.balloon_stats()
         if stats is not None and stats.total_memory is not None:
-            await vmm.set_balloon(stats.total_memory * percent // 100)
+            size = stats.total_memory * percent // 100
+            await vmm.set_balloon(size)
+            self.balloon = size
 
     async def measure(self) -> Usage:
         """What the VMM uses now.
@@ -240,6 +244,17 @@ class Run:
             raise IllegalStateError(NOT_RUNNING)
         self._peak = self._peak.most(used.memory)
         return used
+
+    def follow_console(self) -> int:
+        """A descriptor that gets what the guest writes to its console; the caller's to close.
+
+        Raises:
+            IllegalStateError: The run has not begun to run, or has ended.
+            ResourceExhaustedError: Too many follow it already, or there is no descriptor.
+        """
+        if self._pipes is None or self._ended is not None:
+            raise IllegalStateError(NOT_RUNNING)
+        return self._pipes.console.follow()
 
     def running_vmm(self) -> Vmm:
         """The VMM. Raises IllegalStateError if it was not spawned yet."""
@@ -571,6 +586,8 @@ class _Pipes:
             os.close(self._writes.pop())
 
     def close(self) -> None:
+        for drain in self.drains:
+            drain.end_following()
         self.close_write_ends()
         for found in (self._reads, self._inherited or {}):
             while found:

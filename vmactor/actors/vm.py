@@ -231,6 +231,12 @@ class VmActor:
             raise IllegalStateError(NOT_RUNNING)
         return await self.run_under_way.measure()
 
+    def follow_console(self) -> int:
+        """A descriptor that gets the guest's console; see ``VirtualMachine.console``."""
+        if self.run_under_way is None:
+            raise IllegalStateError(NOT_RUNNING)
+        return self.run_under_way.follow_console()
+
     async def sample(self) -> float | None:
         """Measure what the VM uses and tell those who asked for it; see ``UsageSampler``."""
         try:
@@ -242,6 +248,7 @@ class VmActor:
             cpu_time_ms=used.cpu.total_ms,
             rss_vm_kib=used.memory.guest_kib,
             rss_vmm_kib=used.memory.total_kib,
+            balloon_kib=self.run_under_way.balloon // 1024 if self.run_under_way is not None else 0,
         )
         if self._life.alive:  # nothing comes after died
             self._context.bus.publish_aside(self._headed(sampled))

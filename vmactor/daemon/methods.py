@@ -256,6 +256,11 @@ async def connect_vsock(_session: Session, owned: OwnedVm, port: int, options: W
     return Reply(attached, [attached])
 
 
+async def console(_session: Session, owned: OwnedVm) -> Reply:
+    attached = Attached((await owned.vm.console()).detach())
+    return Reply(attached, [attached])
+
+
 def publish_message(
     _session: Session, owned: OwnedVm, direction: str, port: int, text: str
 ) -> Awaitable[None]:
@@ -355,6 +360,7 @@ METHODS: Final[dict[str, Handler]] = {
     "usage": _method(usage, _vm),
     "guestCalls": _method(guest_calls, _vm),
     "connectVsock": _waits(connect_vsock, _vm, _a(int, "port")),
+    "console": _method(console, _vm),
     "publishMessage": _method(publish_message, _vm, _a(str, "direction"), _a(int, "port"), _a(str, "text")),
     "wait": _method(wait, _vm),
     "shutdownVms": _ladders(shutdown_vms),

@@ -6,6 +6,8 @@ from typing import Final
 
 from vmactor.errors import IllegalArgumentError
 
+VARIABLE: Final = "VMACTOR_SOCKET"
+"""The environment variable that names the socket for clients."""
 SYSTEM: Final = Path("/run/vmactor/vmactor.sock")
 """The socket of root's daemon, which all users of the host may reach."""
 
@@ -22,6 +24,15 @@ def own_socket() -> Path:
     if not runtime:
         raise IllegalArgumentError("XDG_RUNTIME_DIR is not set: set it, or name the socket")
     return Path(runtime) / "vmactor" / SYSTEM.name
+
+
+def socket_to_use() -> Path:
+    """Where a client looks for a daemon: ``$VMACTOR_SOCKET``, else this user's own, else root's."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    if os.environ.get("XDG_RUNTIME_DIR") and (own := own_socket()).exists():
+        return own
+    return SYSTEM
 
 
 def socket_to_serve() -> Path:

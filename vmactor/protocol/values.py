@@ -257,10 +257,19 @@ def _record(kind: type) -> _Reader:
             read = _tuple_of(_file)
         readers[wire] = name, read
 
+    # What has no value was left out.
+    absent = {
+        field.name: None
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and type(None) in get_args(hints[field.name])
+    }
+
     def read_record(value: Any, what: str, strict: bool) -> Any:
         if type(value) is not dict:
             raise _wrong(what, "a map", value)
-        fields = {}
+        fields: dict[str, Any] = dict(absent)
         for key, item in value.items():
             if key in readers:
                 name, read = readers[key]

@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from vmactor.errors import DeadlineExceededError, IllegalStateError, ResourceExhaustedError
+from vmactor.errors import DeadlineExceededError, NotConnectedError, ResourceExhaustedError
 from vmactor.rpc import files
 from vmactor.rpc.files import MAX_FILES, ReceivedFile, Room, close_all
 from vmactor.rpc.framing import (
@@ -302,7 +302,7 @@ class Connection:
         Raises:
             VmactorError: What the other side answered.
             DeadlineExceededError: No answer in time; a late one is thrown away.
-            IllegalStateError: The connection is closed, or was before the answer came.
+            NotConnectedError: The connection is closed, or was before the answer came.
         """
         if self.closed:
             raise self._lost()
@@ -340,7 +340,7 @@ class Connection:
             await self._room.wait()
 
     def _lost(self) -> Exception:
-        return IllegalStateError(CLOSED if self.error is None else f"{CLOSED}: {self.error}")
+        return NotConnectedError(CLOSED if self.error is None else f"{CLOSED}: {self.error}")
 
     def _send(self, message: tuple[Any, ...]) -> None:
         if self.closed:
