@@ -21,14 +21,18 @@ from typing import Any, Self
 import anyio
 import structlog
 
+from tests.guests import allowing
 from vmactor import MemoryTrimLevel, RawConfig, StopLadder, VirtualizationService, load_config
 from vmactor.actors.handle import VirtualMachine
 from vmactor.errors import VmactorError
+from vmactor.messages import Requester
 from vmactor.process import has_ended
 
 Json = dict[str, Any]
 
 READY = "started;ready;serve"
+OTHER = 12345
+"""A user who has nothing."""
 MARK = "VMACTOR_TEST_STATE"
 """The variable by which all processes of a test are known."""
 
@@ -225,7 +229,8 @@ def say(message: Json) -> None:
 async def main(state: Path, vmm: str, after: int) -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     handles: dict[int, VirtualMachine] = {}
-    async with VirtualizationService(vmm=vmm, state_directory=state, keeps=True) as service:
+    policy = allowing(OTHER)
+    async with VirtualizationService(vmm=vmm, state_directory=state, policy=policy, keeps=True) as service:
         with service.subscribe(after=after, capacity=1 << 16) as events:
             async with anyio.create_task_group() as tasks:
 
@@ -263,7 +268,9 @@ async def create(service: VirtualizationService, command: Json) -> VirtualMachin
             kernel=stack.enter_context(Path(command["kernel"]).open("rb")),
             params=command["params"],
         )
-        return await service.create_vm(config, keep=command.get("keep", True))
+        user = command.get("user")
+        requester = None if user is None else Requester(user, user)
+        return await service.create_vm(config, keep=command.get("keep", True), requester=requester)
 
 
 async def carry_out(service: VirtualizationService, handles: dict[int, VirtualMachine], command: Json) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import anyio
 import pytest
 
-from tests.keeping_manager import Start, ended, entry_of, managers
+from tests.keeping_manager import OTHER, Start, ended, entry_of, managers
 from vmactor import RawConfig, VirtualizationService
 from vmactor.errors import IllegalStateError
 
@@ -142,6 +142,22 @@ def test_a_manager_that_ends_in_order_leaves_kept_vms_alive_and_no_others(manage
     assert two.expect("manager_restarted")["clean"] is True
     ends = {event["cid"] for event in two.events if event["event"] in ("died", "removed")}
     assert ends == {other, unstarted}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run VMs for others")
+def test_a_vm_of_another_user_is_adopted_with_its_rights(manager: Start, short_dir: Path) -> None:
+    short_dir.chmod(0o711)
+    one = manager()
+    cid = one.create("started;sleep 1000;ready;serve", user=OTHER)
+    pid = one.ask("info", cid=cid)["pid"]
+    one.kill()
+    two = manager()
+    (vm,) = two.vms
+    assert (vm["requester_uid"], vm["pid"]) == (OTHER, pid)
+    two.expect("payload_ready", cid)  # its socket is made for that user again
+    assert two.ask("step", cid=cid, step="cid") == f"ok {cid}"
+    two.ask("stop", cid=cid)
+    assert not list((two.state / "vm").iterdir())
 
 
 # -- What is not adopted -------------------------------------------------------------------------------

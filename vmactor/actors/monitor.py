@@ -430,7 +430,8 @@ class Run:
         elif spec.vhost_fd is not None:
             device = KernelVsock(spec.vhost_fd)
         else:
-            directory = os.open(spec.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            sockets = sockets_of(spec.directory)
+            directory = os.open(sockets, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             lent.callback(os.close, directory)
             device = DirectVsock(directory)
         launch = Launch(spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner)
