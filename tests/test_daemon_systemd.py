@@ -175,4 +175,5 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
 
 def test_the_service_is_killed_in_a_way_that_kept_vms_survive() -> None:
     lines = (UNITS / "vmactor.service").read_text().splitlines()
+    assert not [line for line in lines if line.startswith(("Device", "PrivateDevices", "ProtectClock"))]
     assert {"KillMode=process", "RuntimeDirectoryPreserve=yes", "Type=notify"} <= set(lines)
