@@ -52,7 +52,7 @@ class Daemon:
         self._told_to_end: anyio.Event
         self._at_once: anyio.CancelScope
         self._service: VirtualizationService
-        self._server: Server
+        self._server: Server | None = None
 
     async def run(self) -> None:
         """Serve until told to end.
@@ -99,21 +99,22 @@ class Daemon:
         )
 
     async def _serve(self, listeners: Sequence[socket.socket], where: str) -> None:
-        server = self._server = Server(self._service, self._config.users)
+        server = Server(self._service, self._config.users)
         for vm in self._service.list_vms():
             server.adopt(self._service.open_vm(vm.cid))
         with ExitStack() as opened:
             async with anyio.create_task_group() as serving:
                 await serving.start(self._notifier.beat)
-                await self._begin_metrics(serving, opened)
+                await self._begin_metrics(serving, opened, server)
                 await serving.start(server.serve, listeners)
+                self._server = server
                 self._tell_state(f"serving on {where}")
                 self._ready(where)
                 await self._told_to_end.wait()
                 await self._drain()
                 serving.cancel_scope.cancel()
 
-    async def _begin_metrics(self, serving: TaskGroup, opened: ExitStack) -> None:
+    async def _begin_metrics(self, serving: TaskGroup, opened: ExitStack, server: Server) -> None:
         options = self._config.metrics
         if options.listen is None:
             return
@@ -125,7 +126,7 @@ class Daemon:
             ) from None
         listener = opened.enter_context(metrics.listener_for(options.listen))
         counters = metrics.Metrics(
-            self._service, per_vm=options.per_vm, connections=lambda: self._server.users.connections
+            self._service, per_vm=options.per_vm, connections=lambda: server.users.connections
         )
         await serving.start(counters.run)
         serving.start_soon(metrics.serve, listener, counters.page)
@@ -154,6 +155,9 @@ class Daemon:
                     self._told_to_end.set()
 
     async def _reload(self) -> None:
+        if self._server is None:
+            log.warning("the configuration is not read again while the daemon begins")
+            return
         self._notifier.reloading()
         try:
             config, policy = await anyio.to_thread.run_sync(self._read)
