@@ -16,10 +16,16 @@ SECONDS = 90
 
 
 class Cli:
-    """Runs ``vmactor`` with a state directory of its own."""
+    """Runs ``vmactor`` with a state directory of its own.
+
+    Attributes:
+        state_dir: The directory.
+        socket: A daemon's; if set, every command but ``serve`` uses that instead.
+    """
 
     def __init__(self, state_dir: Path) -> None:
         self.state_dir = state_dir
+        self.socket: Path | None = None
         self._mark = f"VMACTOR_TEST_MARK={secrets.token_hex(8)}"
 
     def spawn(
@@ -28,6 +34,8 @@ class Cli:
         """Start a command; with the state directory where it takes one, and a signal ignored if asked for."""
         stateless = {"info", "create-partition", "create-composite", "image"}
         own = [] if command in stateless else ["--state-dir", str(self.state_dir)]
+        if self.socket is not None and command != "serve":
+            own = ["--socket", str(self.socket)]
         # A test run in the background may have inherited ignored signals.
         signals = ["--default-signal=INT,TERM,HUP"] if ignore is None else [f"--ignore-signal={ignore}"]
         start = ["env", *signals, self._mark, sys.executable, "-m", "vmactor", command]

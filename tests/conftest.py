@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks; keep log lines out of captured output unless a test asks for them."""
     config.addinivalue_line("markers", "virtual_time: runs on asyncio and trio with a clock that jumps")
+    config.addinivalue_line("markers", "asyncio_only: uses a library that knows no other loop")
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[lambda _l, _m, e: str(e)])
 
 
@@ -32,6 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marked = metafunc.definition.get_closest_marker
         kernel = marked("kernel")
         loops = (kernel.args or KERNEL) if kernel else VIRTUAL if marked("virtual_time") else REAL
+        if marked("asyncio_only"):
+            loops = ["asyncio"]
         metafunc.parametrize("anyio_backend", loops, indirect=True)
 
 

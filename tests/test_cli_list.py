@@ -30,7 +30,7 @@ RECORD: dict[str, Any] = {
     "payload": "READY",
     "driver": "qemu",
     "suspended": False,
-    "pid": 4242,
+    "pid": 4194305,
     "protected": False,
     "directory": "/run/vmactor/vm/2051",
     "requester_uid": 0,
@@ -39,19 +39,27 @@ RECORD: dict[str, Any] = {
     "started": None,
     "vsock": "hybrid",
     "alive": True,
+    "cpu_time_ms": 3210,
+    "rss_vmm_kib": 90000,
 }
 
 
 @pytest.mark.parametrize(
     ("changes", "cells"),
     [
-        ({}, ["2051", "web-3", "READY", "READY", "qemu", "4242", "99", "1m15s"]),
-        ({"suspended": True}, ["2051", "web-3", "suspended", "READY", "qemu", "4242", "99", "1m15s"]),
-        ({"alive": False}, ["2051", "web-3", "orphaned", "READY", "qemu", "4242", "99", "1m15s"]),
-        ({"pid": None}, ["2051", "web-3", "READY", "READY", "qemu", "-", "99", "1m15s"]),
+        ({}, ["2051", "web-3", "READY", "READY", "qemu", "3.2s", "88 MiB", "4194305", "99", "1m15s"]),
+        (
+            {"suspended": True},
+            ["2051", "web-3", "suspended", "READY", "qemu", "3.2s", "88 MiB", "4194305", "99", "1m15s"],
+        ),
+        (
+            {"alive": False},
+            ["2051", "web-3", "orphaned", "READY", "qemu", "3.2s", "88 MiB", "4194305", "99", "1m15s"],
+        ),
+        ({"pid": None}, ["2051", "web-3", "READY", "READY", "qemu", "3.2s", "88 MiB", "-", "99", "1m15s"]),
         (
             {"name": "a\x1b[m", "created": 7},
-            ["2051", r"a\x1b[m", "READY", "READY", "qemu", "4242", "99", "-"],
+            ["2051", r"a\x1b[m", "READY", "READY", "qemu", "3.2s", "88 MiB", "4194305", "99", "-"],
         ),
     ],
 )
@@ -60,7 +68,7 @@ def test_a_record_becomes_a_row_whatever_is_in_it(changes: dict[str, Any], cells
 
 
 def test_a_record_with_hardly_anything_in_it_is_a_row_too() -> None:
-    assert row({"cid": 5}, NOW) == ["5", "-", "orphaned", "-", "-", "-", "-", "-"]
+    assert row({"cid": 5}, NOW) == ["5", "-", "orphaned", *7 * ["-"]]
     assert len(row({}, NOW)) == len(COLUMNS)
 
 
@@ -100,9 +108,9 @@ def test_all_vms_of_the_user_are_listed_and_those_without_manager_are_orphaned(c
         remove(state, held, orphan, held + 2)
     assert (code, err) == (0, "")
     assert out == (
-        "CID   NAME     STATE     PAYLOAD  DRIVER  VMM   MANAGER  AGE\n"
-        "2048  vm-2048  READY     READY    qemu    4242  99       -\n"
-        "2049  vm-2049  orphaned  READY    qemu    4242  99       -\n"
+        "CID   NAME     STATE     PAYLOAD  DRIVER  CPU   MEMORY  VMM      MANAGER  AGE\n"
+        "2048  vm-2048  READY     READY    qemu    3.2s  88 MiB  4194305  99       -\n"
+        "2049  vm-2049  orphaned  READY    qemu    3.2s  88 MiB  4194305  99       -\n"
     )
     assert [(one["cid"], one["alive"]) for one in rows(as_json[1])] == [(held, True), (orphan, False)]
     assert rows(as_json[1])[0] == RECORD | {"cid": held, "name": f"vm-{held}", "created": None}

@@ -56,7 +56,8 @@ def test_what_cannot_be_understood_is_refused_with_status_2(
 def test_options_arrive_as_they_were_meant() -> None:
     line = (
         "run a.json --name x --vmm qemu --cpu-topology match_host --memory 64 --console - --log l "
-        "--hangup-timeout 2.5 --restart always --tombstones /t --guest-release explicit-codes --state-dir /s"
+        "--hangup-timeout 2.5 --restart always --tombstones /t --guest-release explicit-codes --state-dir /s "
+        "--keep --detach --socket /d"
     )
     args = parser.build().parse_args(line.split())
     assert vars(args) == {
@@ -72,6 +73,9 @@ def test_options_arrive_as_they_were_meant() -> None:
         "restart": "always",
         "tombstones": Path("/t"),
         "guest_release": "explicit-codes",
+        "keep": True,
+        "detach": True,
+        "socket": Path("/d"),
         "state_dir": Path("/s"),
         "json": False,
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli_process import SECONDS, Cli, cli, closed_reader, rows, until, write_config
-from vmactor.cli.run import shown_line
+from vmactor.cli.guest_text import MAX_LINE, Lines
 
 __all__ = ["cli"]
 """A fixture is named by its parameters only."""
@@ -247,4 +247,14 @@ def test_what_a_killed_manager_left_is_listed_and_the_next_one_ends_it(
     ],
 )
 def test_a_line_of_a_guest_is_escaped(line: bytes, seen: bytes) -> None:
-    assert shown_line(line) == seen
+    lines = Lines()
+    assert lines.feed(line[:3]) == []
+    assert "".join(lines.feed(line[3:] + b"\nrest")).encode() == seen
+    assert lines.end() == ["rest\n"]
+    assert lines.end() == []
+
+
+def test_a_line_of_a_guest_that_never_ends_is_cut() -> None:
+    lines = Lines()
+    assert lines.feed(b"x" * MAX_LINE) == []
+    assert [len(line) for line in lines.feed(b"x")] == [MAX_LINE + 2]

@@ -56,6 +56,9 @@ FILES: Final = {
         f"{place}/Data/MessagePack.pm"
         for place in ("/usr/share/perl5", *map(str, Path("/usr/lib/x86_64-linux-gnu/perl5").glob("*")))
     ),
+    "libdata-messagepack-stream-perl": tuple(
+        map(str, Path("/usr/lib").glob("*-linux-gnu/perl5/*/Data/MessagePack/Stream.pm"))
+    ),
     "qemu-system-data": ("/usr/share/qemu/qboot.rom", "/usr/share/qemu-kvm/qboot.rom"),
 }
 

@@ -13,7 +13,7 @@ from vmactor.cli import parser
 from vmactor.cli.exit_codes import ExitCode
 from vmactor.cli.stdio import claim_standard_descriptors
 
-_MODULES: Final = {"list": "list_vms"}
+_MODULES: Final = {"list": "list_vms", "resume": "suspend"}
 """Commands whose module has another name."""
 
 

@@ -16,6 +16,7 @@ from vmactor import Event, StartFailedError, Subscription, VirtualMachine, Vmact
 from vmactor.cli.exit_codes import ExitCode
 from vmactor.cli.output import EventPrinter, print_error, to_stderr
 from vmactor.cli.stdio import STDOUT, Writer
+from vmactor.client.machine import VirtualMachine as RemoteVirtualMachine
 from vmactor.messages import is_end
 
 LAST_WORDS_SECONDS = 2.0
@@ -96,7 +97,9 @@ def _leaves(error: Exception) -> list[Exception]:
     return [error]
 
 
-async def follow(vm: VirtualMachine, events: Subscription[Event], printer: EventPrinter) -> list[Event]:
+async def follow(
+    vm: VirtualMachine | RemoteVirtualMachine, events: Subscription[Event], printer: EventPrinter
+) -> list[Event]:
     """Start a VM, show what happens until it is dead, and leave nothing of it.
 
     Args:
@@ -126,7 +129,9 @@ class Life:
         seen: All events so far.
     """
 
-    def __init__(self, vm: VirtualMachine, events: Subscription[Event], printer: EventPrinter) -> None:
+    def __init__(
+        self, vm: VirtualMachine | RemoteVirtualMachine, events: Subscription[Event], printer: EventPrinter
+    ) -> None:
         self.seen: list[Event] = []
         self._vm = vm
         self._events = events

@@ -46,6 +46,11 @@ def build() -> argparse.ArgumentParser:
     _add_run_microdroid(commands)
     _add_connect(commands)
     _add_list(commands)
+    _add_events(commands)
+    _add_console(commands)
+    _add_stop(commands)
+    _add_suspend(commands)
+    _add_top(commands)
     _add_info(commands)
     _add_serve(commands)
     _add_demo(commands)
@@ -93,6 +98,17 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "times within 60 s, after 1, 2 and 4 s (default: never)",
     )
     _add_guest_reports(run)
+    run.add_argument(
+        "--keep",
+        action="store_true",
+        help="let a daemon run it, where it goes on when this command ends, also by Ctrl-C",
+    )
+    run.add_argument(
+        "--detach", action="store_true", help="with --keep: print its CID and end as soon as its VMM runs"
+    )
+    _add_socket(
+        run, "let the daemon at this socket run it (default with --keep: $VMACTOR_SOCKET, else the usual one)"
+    )
     _add_state_dir(run)
     _add_json(run, "print events as JSON, one object a line")
 
@@ -185,8 +201,61 @@ def _add_connect(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 def _add_list(commands: "_Commands[argparse.ArgumentParser]") -> None:
     listing = _add(commands, "list", "list the VMs of this user on this host, whoever manages them")
+    _add_socket(listing, "instead, list the VMs of the daemon at this socket")
     _add_state_dir(listing)
     _add_json(listing, "print JSON, one VM a line")
+
+
+def _add_events(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    events = _add(commands, "events", "print what happened to a daemon's VMs, as far back as it knows")
+    events.add_argument("vm", metavar="VM", nargs="?", help="only of this VM that lives: its CID or its name")
+    events.add_argument(
+        "-f", "--follow", action="store_true", help="go on with what happens; without --since, from now"
+    )
+    events.add_argument(
+        "--since",
+        metavar="CURSOR",
+        type=_cursor,
+        help="begin after this event: the 'seq' of the last one seen",
+    )
+    _add_socket(events)
+    _add_json(events, "print events as JSON, one object a line")
+
+
+def _add_console(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    console = _add(commands, "console", "follow what the guest of a daemon's VM writes to its console")
+    _add_vm(console)
+    console.add_argument(
+        "--raw",
+        action="store_true",
+        help="write what the guest writes, byte by byte; a terminal would do what the guest tells it",
+    )
+    _add_socket(console)
+
+
+def _add_stop(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    stop = _add(commands, "stop", "end a daemon's VM, and wait until nothing of it is left")
+    _add_vm(stop)
+    stop.add_argument(
+        "--graceful",
+        metavar="SECONDS",
+        type=_positive_seconds,
+        help="give the guest so long to shut down before the VMM is told to end, and then killed (default: "
+        "kill it at once)",
+    )
+    _add_socket(stop)
+    _add_json(stop, "print one JSON object that says what ended it")
+
+
+def _add_suspend(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    for name, text in (("suspend", "pause the virtual CPUs of"), ("resume", "let the virtual CPUs run of")):
+        command = _add(commands, name, f"{text} a daemon's VM")
+        _add_vm(command)
+        _add_socket(command)
+
+
+def _add_top(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    _add_socket(_add(commands, "top", "show a daemon's VMs live, on a terminal"))
 
 
 def _add_platform(command: argparse.ArgumentParser) -> None:
@@ -356,6 +425,17 @@ def _add_guest_reports(run: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_vm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vm", metavar="VM", help="its CID or its name")
+
+
+def _add_socket(
+    parser: argparse.ArgumentParser,
+    text: str = "the daemon's socket (default: $VMACTOR_SOCKET, else the usual one)",
+) -> None:
+    parser.add_argument("--socket", metavar="PATH", type=Path, help=text)
+
+
 def _add_state_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-dir",
@@ -380,6 +460,12 @@ def _exit_codes() -> str:
 def _positive_int(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _cursor(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not the number of an event")
     return int(text)
 
 

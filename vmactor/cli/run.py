@@ -20,23 +20,42 @@ from vmactor import (
     Restart,
     RestartPolicy,
     VirtualizationService,
+    connect,
     load_config,
 )
 from vmactor.cli.exit_codes import ExitCode, exit_code
+from vmactor.cli.guest_text import Lines
 from vmactor.cli.lifetime import follow, run_to_the_end
-from vmactor.cli.output import EventPrinter, brackets, print_error
+from vmactor.cli.output import EventPrinter, print_error, to_json
 from vmactor.cli.stdio import STDERR, STDOUT, Reader, Writer, is_terminal
-from vmactor.text import escape_bytes
 
-MAX_LINE: Final = 4096
 RESTARTS: Final = {"on-failure": Restart.TRANSIENT, "always": Restart.PERMANENT}
 
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Run the VM and follow it."""
-    if wants_output_twice(args):
+    if wants_output_twice(args) or _asks_a_daemon_for_too_much(args):
         return ExitCode.USAGE
-    return run_to_the_end(partial(_run, args), tells="stopping the VM")
+    return run_to_the_end(
+        partial(_run, args), tells="ending; the VM goes on" if args.keep else "stopping the VM"
+    )
+
+
+def _asks_a_daemon_for_too_much(args: argparse.Namespace) -> bool:
+    """Whether options are given that a daemon has decided, or that need a daemon; then that has been said."""
+    if args.detach and not args.keep:
+        print_error("--detach leaves the VM with a daemon: say --keep, too")
+        return True
+    own = {"--vmm": args.vmm != "auto", "--tombstones": args.tombstones, "--state-dir": args.state_dir}
+    wrong = [option for option, given in own.items() if given]
+    if wrong and _daemon_runs_it(args):
+        print_error(f"{', '.join(wrong)}: that is the daemon's to say; leave it out")
+        return True
+    return False
+
+
+def _daemon_runs_it(args: argparse.Namespace) -> bool:
+    return bool(args.keep or args.socket)
 
 
 def wants_output_twice(args: argparse.Namespace) -> bool:
@@ -51,7 +70,32 @@ async def _run(args: argparse.Namespace) -> ExitCode:
     restart = RestartPolicy(when=RESTARTS[args.restart]) if args.restart else None
     watched = {"hangup_detection": args.hangup_timeout is not None, "hangup_timeout": args.hangup_timeout}
     with _configuration(args) as config:
+        if _daemon_runs_it(args):
+            return await _run_at_daemon(args, config, restart=restart, **watched)
         return await run_vm(args, config, restart=restart, **watched)
+
+
+async def _run_at_daemon(args: argparse.Namespace, config: RawConfig, **how: Any) -> ExitCode:
+    """As ``run_vm``, but a daemon has the VM. With ``keep`` it goes on when this command ends."""
+    printer = EventPrinter(json=args.json, fd=STDERR if "-" in (args.console, args.log) else STDOUT)
+    async with anyio.create_task_group() as tasks:
+        with ExitStack() as files:
+            sinks = {path: _open_sink(path, files, tasks) for path in (args.console, args.log)}
+            async with connect(args.socket) as service:
+                before = service.seq
+                console, log = sinks[args.console], sinks[args.log]
+                binder = GuestBinder(release=args.guest_release)
+                vm = await service.create_vm(
+                    config, console=console, log=log, guest_binder=binder, keep=args.keep, **how
+                )
+                if args.detach:
+                    await vm.start()
+                    told = to_json({"cid": vm.cid, "name": vm.name}) if args.json else f"{vm.cid}\n"
+                    await printer.write(told)
+                    return ExitCode.OK
+                with service.subscribe(cids=[vm.cid], after=before) as events:
+                    life = await follow(vm, events, printer)
+    return exit_code(life)
 
 
 async def run_vm(args: argparse.Namespace, config: RawConfig | AppConfig, **how: Any) -> ExitCode:
@@ -113,19 +157,10 @@ def _open_sink(path: str | None, files: ExitStack, tasks: TaskGroup) -> int | No
 
 async def _show_lines(fd: int) -> None:
     """Write what comes out of a pipe to standard output, escaped; closes the pipe at its end."""
-    reader, writer, rest = Reader(fd), Writer(STDOUT), b""
+    reader, writer, lines = Reader(fd), Writer(STDOUT), Lines()
     try:
         while data := await reader.read():
-            *lines, rest = (rest + data).split(b"\n")
-            if len(rest) > MAX_LINE:
-                lines, rest = [*lines, rest], b""
-            await writer.write(b"".join(shown_line(line) for line in lines))
-        if rest:
-            await writer.write(shown_line(rest))
+            await writer.write("".join(lines.feed(data)).encode())
+        await writer.write("".join(lines.end()).encode())
     finally:
         os.close(fd)
-
-
-def shown_line(line: bytes) -> bytes:
-    """A line of a guest's output as a person may see it."""
-    return f"{brackets(escape_bytes(line.rstrip(bytes([13])), limit=2 * MAX_LINE))}\n".encode()
