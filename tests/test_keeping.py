@@ -15,6 +15,7 @@ import pytest
 from tests.keeping_manager import OTHER, Start, ended, entry_of, managers
 from vmactor import RawConfig, VirtualizationService
 from vmactor.errors import IllegalStateError
+from vmactor.state_dir import StateDirectory
 
 
 @pytest.fixture
@@ -56,6 +57,9 @@ def test_a_kept_vm_goes_on_under_the_next_manager(manager: Start, backend: str) 
     (vm,) = two.vms
     assert vm == before
     assert vm["kept"] is True
+    with StateDirectory(one.state) as state:
+        (record,) = state.records()
+    assert (record["kept"], record["alive"], "keeping" in record) == (True, True, False)
     adopted = two.expect("adopted", cid)
     assert (adopted["pid"], adopted["state"], adopted["generation"]) == (before["pid"], "READY", 1)
     assert two.ask("step", cid=cid, step="cid") == f"ok {cid}"  # its vsock

@@ -41,6 +41,9 @@ SUN_PATH: Final = 107
 RECORD_SIZE: Final = 64 * 1024
 """Bytes of a VM's record; longer ones are refused when written and left out when read."""
 
+KEEPING: Final = "keeping"
+"""What a record has for the next manager of a VM that is kept, and for nobody else."""
+
 SOCKETS: Final = "s"
 """The part of a VM's directory that its processes can reach, where they are another user's."""
 
@@ -194,7 +197,8 @@ class StateDirectory:
         """
         found = ((cid, self.record(cid)) for cid in self.vm_cids())
         return [
-            record | {"cid": cid, "alive": self.cids.is_held(cid)}
+            {name: value for name, value in record.items() if name != KEEPING}
+            | {"cid": cid, "alive": self.cids.is_held(cid)}
             for cid, record in found
             if record is not None
         ]

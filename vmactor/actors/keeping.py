@@ -1,8 +1,8 @@
 """VMs that outlive their manager: what is written down of each, and how the next manager takes it over.
 
 A kept VM's processes, directory and pipes live on when its manager is killed: nothing that they need is the
-manager's. What the manager alone knows stands in the VM's record, under ``kept``, rewritten at every change
-before anybody hears of it. The next manager that keeps VMs claims the CID, judges the processes as
+manager's. What the manager alone knows stands in the VM's record, under ``keeping``, rewritten at every
+change before anybody hears of it. The next manager that keeps VMs claims the CID, judges the processes as
 ``vmactor.leftovers`` does, and takes the VM over only if every one of them is known beyond doubt: VMM, and
 vsock helper where there is one. Anything less is ended or left as it is, with a report.
 
@@ -20,7 +20,7 @@ from vmactor.log import get_logger
 from vmactor.messages import PayloadState, Requester, VmInfo
 from vmactor.process import Process
 from vmactor.protocol.values import from_wire
-from vmactor.state_dir import StateDirectory
+from vmactor.state_dir import KEEPING, StateDirectory
 
 log = get_logger()
 
@@ -135,7 +135,7 @@ def inherit(state: StateDirectory, leftover: Leftover) -> Inheritance | None:
 
 def _read(state: StateDirectory, cid: int) -> KeptVm:
     record = state.record(cid) or {}
-    vm = from_wire(KeptVm, record.get("kept"), f"the record of CID {cid}: kept", strict=False)
+    vm = from_wire(KeptVm, record.get(KEEPING), f"the record of CID {cid}: {KEEPING}", strict=False)
     if vm.info.cid != cid:
         raise IllegalArgumentError(f"the record of CID {cid} is of another VM")
     # Where it is, is not the record's to say: it is written to, and removed in the end.

@@ -17,7 +17,7 @@ from vmactor.errors import VmactorError
 from vmactor.log import get_logger
 from vmactor.messages import VmInfo
 from vmactor.protocol.values import to_wire
-from vmactor.state_dir import StateDirectory
+from vmactor.state_dir import KEEPING, StateDirectory
 from vmactor.waiting import Waiter, waiter_type, wake
 
 DELAY: Final = 0.05
@@ -85,7 +85,7 @@ class Records:
     def _write(self, info: VmInfo, kept: KeptVm | None = None) -> None:
         record = {**info.as_dict(), **self._common}
         if kept is not None:
-            record["kept"] = to_wire(kept)
+            record[KEEPING] = to_wire(kept)
         try:
             self._state.write_record(info.cid, record)
         except (OSError, VmactorError) as error:
