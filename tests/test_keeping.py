@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -265,3 +266,21 @@ def test_the_stream_of_events_goes_on_with_the_break_marked(manager: Start) -> N
     assert kinds == ["created", "started", "payload_started", "payload_ready", "manager_restarted", "adopted"]
     mark = two.expect("manager_restarted")
     assert (mark["clean"], mark["lost"], mark["pid"]) == (False, False, two.process.pid)
+
+
+def test_the_end_of_a_vm_of_which_nothing_is_left_is_told_all_the_same(manager: Start) -> None:
+    one = manager()
+    cid = one.create(keep=False)
+    pid = one.ask("info", cid=cid)["pid"]
+    one.kill()
+    os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(one.state / "vm" / str(cid))  # as if it had been killed while it cleared away
+    two = manager()
+    reaped = two.expect("reaped", cid)
+    assert (reaped["name"], reaped["driver"], reaped["generation"]) == ("kept", "simulated", 1)
+    assert "nothing of it is left" in reaped["detail"]
+    two.kill()
+    three = manager()
+    while [event["event"] for event in three.events].count("manager_restarted") < 2:
+        three.read_event()
+    assert [event["event"] for event in three.events].count("reaped") == 1

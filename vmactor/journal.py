@@ -57,12 +57,14 @@ class OpenVm:
         name: Its name.
         driver: Its VMM's driver.
         generation: Its last run that is known of.
+        uid: The user that asked for it.
     """
 
     cid: int
     name: str
     driver: str
     generation: int
+    uid: int
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:
@@ -73,6 +75,7 @@ class OpenVm:
             name if isinstance(name, str) else "",
             driver if isinstance(driver, str) else "",
             _number(entry, "generation"),
+            _number(entry, "uid"),
         )
 
 
@@ -150,7 +153,7 @@ class Journal:
         if self._fd < 0:
             return
         self._seq = event.seq
-        vm = OpenVm(event.cid, event.name, event.driver, event.generation)
+        vm = OpenVm(event.cid, event.name, event.driver, event.generation, event.uid)
         self._note(vm, event.kind, final=getattr(event, "final", True))
         if isinstance(event, Died | Reaped) and len(event.console_tail) > TEXT:
             event = replace(event, console_tail=event.console_tail[-TEXT:])

@@ -3,6 +3,7 @@
 There is one such service for a state directory at a time; the journal's lock sees to that.
 """
 
+import dataclasses
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -117,6 +118,8 @@ class Keeper:
     async def adopt(self, cids: list[int], adopt_one: Callable[[Inheritance], Awaitable[bool]]) -> None:
         """Take over the VMs that were to be kept; those that cannot be are left to the reaper.
 
+        Not to be cancelled, and brief: whatever is taken needs an owner.
+
         Args:
             cids: VMs that were left behind.
             adopt_one: Takes one over; whether it has the VM, and with it the CID, from then on.
@@ -124,10 +127,7 @@ class Keeper:
         kept = await anyio.to_thread.run_sync(leftovers.kept, self._state, cids)
         for first in range(0, len(kept), AT_ONCE):
             taken = {cid for cid in kept[first : first + AT_ONCE] if self._state.cids.take(cid)}
-            with (
-                ExitStack() as stack,
-                anyio.CancelScope(shield=True),
-            ):  # briefly: what is taken needs an owner
+            with ExitStack() as stack, anyio.CancelScope(shield=True):
                 try:
                     found = await anyio.to_thread.run_sync(leftovers.judge, self._state, sorted(taken))
                     for leftover in found:
@@ -152,8 +152,7 @@ class Keeper:
         for vm in self._journal.open_vms:
             if vm.cid in past and not living(vm.cid):
                 detail = "it ended around the time when its manager did; nothing of it is left"
-                who: dict[str, Any] = {"cid": vm.cid, "name": vm.name, "generation": vm.generation}
-                self._bus.publish(Reaped(detail=detail, driver=vm.driver, **who, **_now()))
+                self._bus.publish(Reaped(detail=detail, **dataclasses.asdict(vm), **_now()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ class Adoption:
     start: Start
 
     async def __call__(self, inherited: Inheritance) -> bool:
-        """Take one VM over, whose CID is claimed; whether that was done. It is as it was if not."""
+        """Take one VM over, whose CID is claimed. It is as it was, and so is the claim, if this says no."""
         vm, cid = inherited.vm, inherited.vm.info.cid
         with ExitStack() as owned:
             owned.callback(inherited.close)
@@ -208,7 +207,10 @@ class Adoption:
                 drains=self.drains,
                 keep=True,
             )
-            await self.start(spec, place, owned, inherited)
+            try:
+                await self.start(spec, place, owned, inherited)
+            except (VmactorError, OSError) as error:  # then it has given back and ended what it had
+                log.error("a VM that was to be kept failed as it was taken over", cid=cid, error=str(error))
         return True
 
 
