@@ -35,7 +35,7 @@ lab: guest  ## Run the tests that need KVM, vhost-vsock and AF_VSOCK, in a guest
 	@$(BIN)/python -m tools.kernel_lab $(ARGS)
 
 bench: guest  ## Measure all that bench/README.md has tables of (one: python -m bench.bench_crowd)
-	@set -e; for name in bench_boot bench_runtime bench_images bench_composite bench_idsig bench_guest_rpc bench_lifecycle bench_crowd; do $(BIN)/python -m "bench.$$name" $(ARGS); done
+	@set -e; for name in bench_boot bench_runtime bench_images bench_composite bench_idsig bench_guest_rpc bench_lifecycle bench_crowd bench_rpc; do $(BIN)/python -m "bench.$$name" $(ARGS); done
 
 fuzz: setup  ## Fuzz the parsers of foreign files and messages (more time, some only: ARGS='600 qcow2')
 	@$(BIN)/python -m tools.fuzz $(ARGS)

@@ -1,5 +1,6 @@
 """``vmactor.client``: the same program with an embedded service and with a daemon's; what a socket adds."""
 
+import asyncio
 import gc
 import os
 import socket
@@ -206,6 +207,24 @@ async def test_a_vm_is_started_again_where_that_was_asked_for(short_dir: Path, w
                 "gave_up",
                 "died",
             ]
+
+
+def test_a_program_that_anyio_did_not_start_can_use_both_ends(short_dir: Path) -> None:
+    """The loop's own callbacks run in no task, where anyio cannot tell by itself which library runs."""
+
+    async def program() -> None:
+        with ExitStack() as opened:
+            config = simulated(short_dir, opened, "started", "ready", "serve")
+            async with over_a_socket(short_dir) as service:
+                ends = service.subscribe(kinds=[Died])
+                vm = await service.create_vm(config)
+                await vm.start()
+                del vm
+                gc.collect()
+                with anyio.fail_after(SECONDS):
+                    assert isinstance(await anext(ends), Died)
+
+    asyncio.run(program())
 
 
 # -- What a socket adds -------------------------------------------------------------------------------

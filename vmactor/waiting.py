@@ -18,6 +18,7 @@ import math
 import select
 from asyncio import Future
 from collections.abc import Callable, Generator
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import anyio
@@ -304,6 +305,16 @@ async def _look(fd: "FileDescriptorLike", event: int, error: OSError) -> None:
         await anyio.sleep(_LOOK_SECONDS)
 
 
+def _known_to_anyio() -> Context:
+    """The context for a function that asyncio's loop itself calls, outside of all tasks.
+
+    anyio cannot tell there which library runs, unless it has started the loop itself.
+    """
+    context = copy_context()
+    context.run(sniffio.current_async_library_cvar.set, "asyncio")
+    return context
+
+
 async def each_time_readable(file: "HasFileno", callback: Callable[[], bool]) -> None:
     """Call a function whenever a descriptor is readable, until it gives False or raises.
 
@@ -323,7 +334,7 @@ async def each_time_readable(file: "HasFileno", callback: Callable[[], bool]) ->
                 done.set_exception(error)
 
         try:
-            loop.add_reader(file.fileno(), ready)
+            _known_to_anyio().run(loop.add_reader, file.fileno(), ready)
         except OSError as error:
             if error.errno not in _LACKING:
                 raise
@@ -339,10 +350,17 @@ async def each_time_readable(file: "HasFileno", callback: Callable[[], bool]) ->
             return
 
 
-def soon() -> Callable[[Callable[[], object]], object]:
-    """What calls a function in the running loop's next turn; keep it, finding out costs more than calling."""
+def soon(*, any_thread: bool = False) -> Callable[[Callable[[], object]], object]:
+    """What calls a function in the running loop's next turn; keep it, finding out costs more than calling.
+
+    Args:
+        any_thread: Whether other threads call it, too; it raises RuntimeError when the loop has ended.
+    """
     if sniffio.current_async_library() == "asyncio":
-        return asyncio.get_running_loop().call_soon
+        loop = asyncio.get_running_loop()
+        return functools.partial(
+            loop.call_soon_threadsafe if any_thread else loop.call_soon, context=_known_to_anyio()
+        )
     import trio  # noqa: PLC0415
 
     return trio.lowlevel.current_trio_token().run_sync_soon

@@ -7,12 +7,13 @@ with ``keep``.
 
 import socket
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import anyio
-from anyio.lowlevel import EventLoopToken, current_token
 
 from vmactor.actors.stop_ladder import StopLadder
 from vmactor.bus import PATIENCE_SECONDS, Overflow, Subscription
@@ -25,6 +26,7 @@ from vmactor.protocol import values
 from vmactor.subscription import Choice
 from vmactor.usage import Usage
 from vmactor.vsock import VsockStream
+from vmactor.waiting import soon
 
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 30.0
@@ -46,7 +48,7 @@ class VirtualMachine:
         self._session = session
         self._handle = handle
         self._known = known
-        self._drop = weakref.finalize(self, _dropped, session, handle, current_token())
+        self._drop = weakref.finalize(self, _dropped, session, handle, soon(any_thread=True))
         self._drop.atexit = False
 
     def __repr__(self) -> str:
@@ -211,9 +213,7 @@ def ladder_to_wire(ladder: StopLadder) -> dict[str, float]:
     return {name: seconds for name, seconds in rungs.items() if seconds is not None}
 
 
-def _dropped(session: Session, handle: str, loop: EventLoopToken) -> None:
+def _dropped(session: Session, handle: str, soon: Callable[[Callable[[], object]], object]) -> None:
     """The last reference to a handle went; as embedded, this runs anywhere and leaves word with the loop."""
-    native: Any = loop.native_token
-    schedule = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon
     with suppress(RuntimeError):  # the loop has ended, and the connection with it
-        schedule(session.let_go, handle)
+        soon(partial(session.let_go, handle))
