@@ -12,10 +12,13 @@
 #define _GNU_SOURCE
 #include <ctype.h>
 #include <errno.h>
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <linux/if.h>
 #include <linux/input.h>
 #include <linux/reboot.h>
+#include <linux/route.h>
 #include <linux/vm_sockets.h>
 #include <poll.h>
 #include <signal.h>
@@ -50,6 +53,7 @@ enum {
     CONNECT_LIMIT_MS = 5000, /* how long the manager may take to be there */
     REPLY_LIMIT_S = 10,      /* how long it may take to answer */
     RAW_LIMIT_MS = 2000,
+    TCP_LIMIT_S = 3,
     LINGER_MS = 100, /* for the last answer to leave before the machine stops */
 };
 
@@ -118,8 +122,8 @@ static long now_ms(void) {
 
 /* ---- The machine -------------------------------------------------------------------------------------------------- */
 
-static void load_modules(void) {
-    FILE *list = fopen("/modules", "re");
+static void load_modules(const char *names) {
+    FILE *list = fopen(names, "re");
     if (!list) return;
     char path[256];
     while (fgets(path, sizeof path, list)) {
@@ -159,6 +163,54 @@ static void watch_power_button(void) {
     for (nfds_t i = 0; i < count; i++) close(buttons[i].fd);
 }
 
+static struct sockaddr *in_address(const char *text, struct sockaddr_in *address) {
+    memset(address, 0, sizeof *address);
+    address->sin_family = AF_INET;
+    inet_pton(AF_INET, text, &address->sin_addr);
+    return (struct sockaddr *)address;
+}
+
+/* CLIENT::GATEWAY:NETMASK::DEVICE:off, as the kernel's own autoconfiguration and initramfs-tools read it. */
+static void set_up_interface(char *words) {
+    char *field[7] = {"", "", "", "", "", "", ""};
+    for (int i = 0; i < 7 && words; i++) field[i] = strsep(&words, ":");
+    struct ifreq request = {0};
+    struct rtentry route = {.rt_flags = RTF_UP | RTF_GATEWAY};
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    snprintf(request.ifr_name, sizeof request.ifr_name, "%s", field[5]);
+    request.ifr_addr = *in_address(field[0], &address);
+    bool ok = ioctl(fd, SIOCSIFADDR, &request) == 0;
+    request.ifr_netmask = *in_address(field[3], &address);
+    ok = ok && ioctl(fd, SIOCSIFNETMASK, &request) == 0;
+    request.ifr_flags = IFF_UP;
+    ok = ok && ioctl(fd, SIOCSIFFLAGS, &request) == 0;
+    if (ok && *field[2]) {
+        route.rt_gateway = *in_address(field[2], &address);
+        route.rt_dst = route.rt_genmask = *in_address("0.0.0.0", &address);
+        ok = ioctl(fd, SIOCADDRT, &route) == 0;
+    }
+    if (!ok) dprintf(2, "vmactor-agent: network %s: %s\n", field[5], strerror(errno));
+    close(fd);
+}
+
+/* The drivers take their time to load where the machine is emulated, so only who has a network pays for it. */
+static void set_up_network(void) {
+    char line[4096], *rest = line, *word;
+    int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd < 0 ? -1 : read(fd, line, sizeof line - 1);
+    if (fd >= 0) close(fd);
+    if (size < 0) return;
+    line[size] = 0;
+    bool loaded = false;
+    while ((word = strsep(&rest, " \n")))
+        if (!strncmp(word, "ip=", 3)) {
+            if (!loaded) load_modules("/network-modules");
+            loaded = true;
+            set_up_interface(word + 3);
+        }
+}
+
 static void set_up_machine(void) {
     const char *systems[][2] = {{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}};
     for (size_t i = 0; i < 3; i++) {
@@ -172,7 +224,8 @@ static void set_up_machine(void) {
     }
     mkdir("/tmp", 01777);
     write_file("/proc/sys/kernel/sysrq", "1", 0);
-    load_modules();
+    load_modules("/modules");
+    set_up_network();
     watch_power_button();
     setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin", 1);
 }
@@ -497,6 +550,60 @@ static bool do_echo(char *rest, struct text *answer) {
     return true;
 }
 
+/* Sends every byte back that comes by TCP, to any number of peers at a time. */
+static bool do_tcp_echo(char *rest, struct text *answer) {
+    struct sockaddr_in any = {.sin_family = AF_INET, .sin_port = htons((uint16_t)strtoul(rest, NULL, 10))};
+    int on = 1, server = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (bind(server, (struct sockaddr *)&any, sizeof any) || listen(server, 16)) {
+        fail(answer, "listen");
+        close(server);
+        return false;
+    }
+    if (fork() == 0) {
+        signal(SIGCHLD, SIG_IGN);
+        for (;;) {
+            int peer = accept4(server, NULL, NULL, SOCK_CLOEXEC);
+            if (peer >= 0 && fork() == 0) {
+                static char data[64 * 1024];
+                ssize_t received;
+                while ((received = read(peer, data, sizeof data)) > 0 && write_all(peer, data, (size_t)received));
+                _exit(0);
+            }
+            close(peer);
+        }
+    }
+    close(server);
+    return true;
+}
+
+/* ADDRESS PORT TEXT: sends a line by TCP and answers as many bytes as come back for it. */
+static bool do_tcp(char *rest, struct text *answer) {
+    struct sockaddr_in to;
+    char *address = strsep(&rest, " ");
+    in_address(address, &to);
+    to.sin_port = htons(rest ? (uint16_t)strtoul(rest, &rest, 10) : 0);
+    const char *words = rest && *rest ? rest + 1 : "";
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct timeval limit = {.tv_sec = TCP_LIMIT_S};
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+    bool ok = connect(fd, (struct sockaddr *)&to, sizeof to) == 0 || fail(answer, "connect");
+    ok = ok && (write_all(fd, words, strlen(words)) || fail(answer, "send"));
+    char data[1024];
+    for (size_t left = strlen(words); ok && left;) {
+        ssize_t received = read(fd, data, left < sizeof data ? left : sizeof data);
+        if (received <= 0) {
+            ok = fail(answer, "receive");
+            break;
+        }
+        put(answer, "%.*s", (int)received, data);
+        left -= (size_t)received;
+    }
+    close(fd);
+    return ok;
+}
+
 static bool do_dial(char *rest, struct text *answer) {
     unsigned port = (unsigned)strtoul(rest, &rest, 10);
     int fd = dial_host(port);
@@ -674,6 +781,7 @@ static const struct step {
     {"poweroff", do_poweroff}, {"print", do_print}, {"raw", do_raw}, {"read", do_read},
     {"ready", do_ready}, {"reboot", do_reboot}, {"run", do_run}, {"serve", do_serve},
     {"sleep", do_sleep}, {"spam", do_spam}, {"started", do_started}, {"stream", do_stream},
+    {"tcp", do_tcp}, {"tcp-echo", do_tcp_echo},
     {"uname", do_uname}, {"watchdog", do_watchdog}, {"write", do_write},
 };
 

@@ -31,19 +31,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the loops: real ones, or those with a virtual clock for tests marked so."""
     if "anyio_backend" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker
-        kernel = marked("kernel")
-        loops = (kernel.args or KERNEL) if kernel else VIRTUAL if marked("virtual_time") else REAL
-        if marked("asyncio_only"):
-            loops = ["asyncio"]
+        kernel, netns = marked("kernel"), marked("netns")
+        some = ["asyncio"] if marked("asyncio_only") else netns.args if netns else ()
+        loops = some or ((kernel.args or KERNEL) if kernel else VIRTUAL if marked("virtual_time") else REAL)
         metafunc.parametrize("anyio_backend", loops, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the kernel lab run there and nowhere else: ``make lab``."""
-    if "VMACTOR_KERNEL_LAB" not in os.environ:
-        elsewhere = [item for item in items if item.get_closest_marker("kernel")]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if not item.get_closest_marker("kernel")]
+    """Tests of the kernel lab, and those that change interfaces, run nowhere else (``docs/testing.md``)."""
+    for marker, variable in (("kernel", "VMACTOR_KERNEL_LAB"), ("netns", "VMACTOR_NETNS")):
+        if variable not in os.environ:
+            elsewhere = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=elsewhere)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from tests.host_facts import ARM_OPTIONS, HEAD_OPTIONS, OPTIONS_2023_02, crosvm
 from vmactor.config import DiskImage, RawConfig
 from vmactor.errors import UnsupportedOperationError
 from vmactor.messages import CpuTopology
-from vmactor.vmm.crosvm import command_line, descriptors
-from vmactor.vmm.driver import Channels, KernelVsock, Launch, VhostUserVsock
+from vmactor.network_config import NetworkInterface
+from vmactor.vmm.crosvm import command_line, descriptors, validate
+from vmactor.vmm.driver import Channels, KernelVsock, Launch, Tap, VhostUserVsock
 
 BARE = Channels(console=None, failure=21, log=None, ramdump=None, stderr=None)
 ALL = Channels(console=20, failure=21, log=22, ramdump=23, stderr=24)
@@ -35,6 +36,18 @@ def launch(channels: Channels = BARE, **config: Any) -> Launch:
 
 def value_of(line: list[str], option: str) -> str:
     return line[line.index(option) + 1]
+
+
+def test_a_tap_goes_by_its_descriptor_or_is_refused() -> None:
+    one = replace(launch(), taps=(Tap(50, "02:00:00:00:00:01", 1400),))
+    build = replace(HEAD, options=HEAD.options | {"net"})
+    line = command_line(build, "x86_64", 2, one)
+    assert line[line.index("--net") + 1] == "tap-fd=50,mac=02:00:00:00:00:01"
+    assert 50 in descriptors(one)
+    networked = replace(one.config, network=(NetworkInterface(),))
+    validate(build, networked)
+    with pytest.raises(UnsupportedOperationError, match="cannot take an open tap"):
+        validate(replace(HEAD, options=HEAD.options - {"net"}), networked)
 
 
 def test_the_least_launch_of_a_build_of_2026() -> None:

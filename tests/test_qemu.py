@@ -16,7 +16,7 @@ from vmactor.config import DiskImage, RawConfig
 from vmactor.errors import IllegalArgumentError, StartFailedError, UnsupportedOperationError, VmmError
 from vmactor.host import Program
 from vmactor.messages import CpuTopology, DeathReason
-from vmactor.vmm.driver import Channels, KernelVsock, Launch, VhostUserVsock
+from vmactor.vmm.driver import Channels, KernelVsock, Launch, Tap, VhostUserVsock
 from vmactor.vmm.qemu import QemuDriver, descriptors
 
 BARE = Channels(console=None, failure=21, log=None, ramdump=None, stderr=None)
@@ -62,6 +62,16 @@ def launch(channels: Channels = BARE, *, name: str = "vm", **config: Any) -> Lau
 
 def value_of(line: list[str], option: str) -> str:
     return line[line.index(option) + 1]
+
+
+def test_a_tap_goes_by_its_descriptor_as_a_function_of_a_slot_that_disks_do_not_need() -> None:
+    one = replace(launch(), taps=(Tap(50, "02:00:00:00:00:01", 1400), Tap(51, "02:00:00:00:00:02", 1500)))
+    line = QemuDriver(facts()).command_line(one)
+    assert line[line.index("-netdev") + 1] == "tap,id=net0,fd=50"
+    for number, mac, mtu in ((0, "01", 1400), (1, "02", 1500)):
+        nic = f"virtio-net-pci,netdev=net{number},mac=02:00:00:00:00:{mac},host_mtu={mtu}"
+        assert f"{nic},romfile=,addr=1e.{2 + number}" in line
+    assert {50, 51} <= set(descriptors(one))
 
 
 def test_the_least_launch_under_kvm_with_kernel_vsock() -> None:

@@ -29,7 +29,7 @@ from vmactor.security.permissions import Grant, Method, Permission, Permissions,
 from vmactor.security.policy import Policy, load_policy, parse_policy
 from vmactor.vmm.select import Selection
 
-MANAGE, CUSTOM, DEBUG, DUMP = Permission
+MANAGE, CUSTOM, DEBUG, DUMP, INTERNET = Permission
 OTHER: Final = Requester(54321, 54322, (54323,))
 
 # -- Permissions --------------------------------------------------------------------------------------
@@ -43,26 +43,30 @@ CALLERS: Final = {
     "a member of a group with MANAGE": Requester(50003, 60000, (60001, 60002)),
     "a user whose own group has MANAGE": Requester(50004, 60002),
     "a user with USE_CUSTOM only": Requester(50005, 60000),
+    "a user with MANAGE and INTERNET": Requester(50009, 60000),
     "a user with DEBUG": Requester(50006, 60000),
     "a user with DUMP": Requester(50007, 60000),
     "anybody else": Requester(50008, 60000, (60001,)),
 }
 POLICY: Final = Permissions(
     {
-        MANAGE: Grant(frozenset({50001, 50002}), frozenset({60002})),
+        MANAGE: Grant(frozenset({50001, 50002, 50009}), frozenset({60002})),
         CUSTOM: Grant(frozenset({50002, 50005})),
         DEBUG: Grant(frozenset({50006})),
         DUMP: Grant(frozenset({50007})),
+        INTERNET: Grant(frozenset({50009})),
     }
 )
 ALWAYS: Final = {"this process", "root", "the service's user"}
 MANAGERS: Final = {
     *("a user with MANAGE", "a user with MANAGE and USE_CUSTOM", "a member of a group with MANAGE"),
     "a user whose own group has MANAGE",
+    "a user with MANAGE and INTERNET",
 }
 ALLOWED: Final = {
     "create_vm(raw)": {"a user with MANAGE and USE_CUSTOM"},
     "create_vm(app)": MANAGERS,
+    "create_vm(app with network)": {"a user with MANAGE and INTERNET"},
     "create_vm(app with config_path)": {"a user with MANAGE and USE_CUSTOM"},
     "initialize_writable_partition": MANAGERS,
     "create_or_update_idsig_file": MANAGERS,
@@ -78,6 +82,11 @@ async def _create_raw(service: VirtualizationService, who: Requester | None, app
 
 async def _create_app(service: VirtualizationService, who: Requester | None, app: AppConfig) -> None:
     await service.create_vm(replace(app, config_path=None, payload_binary_name="x"), requester=who)
+
+
+async def _create_networked(service: VirtualizationService, who: Requester | None, app: AppConfig) -> None:
+    networked = replace(app, config_path=None, payload_binary_name="x", network=True)
+    await service.create_vm(networked, requester=who)
 
 
 async def _create_configured(service: VirtualizationService, who: Requester | None, app: AppConfig) -> None:
@@ -103,7 +112,7 @@ async def _dump(service: VirtualizationService, who: Requester | None, _app: App
 CALLS: Final[dict[str, Call]] = dict(
     zip(
         ALLOWED,
-        (_create_raw, _create_app, _create_configured, _partition, _idsig, _list, _dump),
+        (_create_raw, _create_app, _create_networked, _create_configured, _partition, _idsig, _list, _dump),
         strict=True,
     )
 )

@@ -46,6 +46,8 @@ MODULES: Final = (
     "button",
     "evdev",
 )
+NETWORK_MODULES: Final = ("virtio_net",)
+"""Loaded by the agent where the kernel parameters have ``ip=``."""
 PYTHON_PACKAGES: Final = (
     "python3.11-minimal",
     "libpython3.11-minimal",
@@ -256,17 +258,23 @@ class Archive:
         return b"".join(self._parts)
 
 
-def add_base(archive: Archive, agent: bytes, modules: Iterable[tuple[str, bytes]]) -> None:
-    """Add what both guests have: the agent and the modules, listed in loading order."""
+def add_base(
+    archive: Archive,
+    agent: bytes,
+    modules: Iterable[tuple[str, bytes]],
+    network: Iterable[tuple[str, bytes]] = (),
+) -> None:
+    """Add what both guests have: the agent and the modules in loading order, those for networks apart."""
     for name in ("proc", "sys", "tmp"):
         archive.directory(name)
     archive.console()
     archive.file("init", agent, 0o755)
-    loading = []
-    for name, data in modules:
-        archive.file(f"lib/modules/{name}", data)
-        loading.append(f"/lib/modules/{name}\n")
-    archive.file("modules", "".join(loading).encode())
+    for listed, files in (("modules", modules), ("network-modules", network)):
+        loading = []
+        for name, data in files:
+            archive.file(f"lib/modules/{name}", data)
+            loading.append(f"/lib/modules/{name}\n")
+        archive.file(listed, "".join(loading).encode())
 
 
 # -- Python ----------------------------------------------------------------------------------------
@@ -377,18 +385,21 @@ def build(target: Path, cache: Path) -> None:
         (image,) = (work / "kernel/boot").glob("vmlinuz-*")
         (target / "vmlinux").write_bytes(elf_kernel(image.read_bytes()))
 
-        modules = []
-        for path in module_order(work / "kernel/lib/modules", MODULES):
+        always = module_order(work / "kernel/lib/modules", MODULES)
+        ordered = module_order(work / "kernel/lib/modules", (*MODULES, *NETWORK_MODULES))
+        modules: list[tuple[str, bytes]] = []
+        network: list[tuple[str, bytes]] = []
+        for path in ordered:
             run("strip", "--strip-debug", path, hint="run `make setup` or `apt-get install binutils`")
-            modules.append((path.name, path.read_bytes()))
-        say(f"{len(modules)} modules and the agent")
+            (modules if path in always else network).append((path.name, path.read_bytes()))
+        say(f"{len(ordered)} modules and the agent")
         flags = ("-static", "-Os", "-s", "-std=gnu17", "-Wall", "-Wextra", "-Werror")
         hint = "run `make setup` or `apt-get install gcc libc6-dev`"
         run(os.environ.get("CC", "gcc"), *flags, "-o", work / "agent", AGENT, hint=hint)
         agent = (work / "agent").read_bytes()
 
         archive = Archive()
-        add_base(archive, agent, modules)
+        add_base(archive, agent, modules, network)
         (target / "initrd.cpio").write_bytes(archive.to_bytes())
         (target / "vm.json").write_text(configuration("demo", "initrd.cpio", 96))
 
@@ -396,7 +407,7 @@ def build(target: Path, cache: Path) -> None:
         for package in PYTHON_PACKAGES:
             unpack(package, cache, work / "python")
         archive = Archive()
-        add_base(archive, agent, modules)
+        add_base(archive, agent, modules, network)
         add_python(archive, work / "python")
         (target / "python.cpio").write_bytes(archive.to_bytes())
         (target / "python.json").write_text(configuration("python", "python.cpio", 192))

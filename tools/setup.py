@@ -48,6 +48,8 @@ PROGRAMS: Final = {
     "mke2fs": "e2fsprogs",
     "node": "nodejs",
     "npm": "npm",
+    "ip": "iproute2",
+    "nft": "nftables",
     "perl": "perl",
 }
 FILES: Final = {

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         ImageKind,
         ManagerRestarted,
         MemoryTrimLevel,
+        NetworkLink,
         Orphaned,
         PartitionType,
         PayloadError,
@@ -95,6 +96,8 @@ if TYPE_CHECKING:
     from vmactor.microdroid.apexes import StagedApex
     from vmactor.microdroid.extra_apks import open_extra_apks
     from vmactor.microdroid.platform import Platform
+    from vmactor.net.plan import NetworkPolicy
+    from vmactor.network_config import NetworkInterface, NetworkMode
     from vmactor.restarts import Backoff, Restart, RestartLimit
     from vmactor.security.labels import LabelCheck, LabelRules
     from vmactor.security.permissions import Grant, Permission, Permissions
@@ -142,6 +145,10 @@ __all__ = [
     "ManagerRestarted",
     "Memory",
     "MemoryTrimLevel",
+    "NetworkInterface",
+    "NetworkLink",
+    "NetworkMode",
+    "NetworkPolicy",
     "NotConnectedError",
     "NotStoppedError",
     "Orphaned",
@@ -226,14 +233,16 @@ _HOMES: Final = {
     "images.idsig": "Idsig IdsigResult",
     "messages": (
         "Adopted CpuTopology Created CreationFailed DeathReason DebugLevel Died ErrorCode Event Gap HungUp "
-        "ImageKind ManagerRestarted MemoryTrimLevel Orphaned PartitionType PayloadError PayloadFinished "
-        "PayloadReady PayloadStarted PayloadState Reaped Removed Requester Restarting RestartsExhausted "
-        "Resumed Snapshot Started StopRung Suspended Tombstone UsageSampled VirtualMachineDebugInfo "
-        "VirtualMachineState VmInfo VsockMessage"
+        "ImageKind ManagerRestarted MemoryTrimLevel NetworkLink Orphaned PartitionType PayloadError "
+        "PayloadFinished PayloadReady PayloadStarted PayloadState Reaped Removed Requester Restarting "
+        "RestartsExhausted Resumed Snapshot Started StopRung Suspended Tombstone UsageSampled "
+        "VirtualMachineDebugInfo VirtualMachineState VmInfo VsockMessage"
     ),
     "microdroid.apexes": "StagedApex",
     "microdroid.extra_apks": "open_extra_apks",
     "microdroid.platform": "Platform",
+    "net.plan": "NetworkPolicy",
+    "network_config": "NetworkInterface NetworkMode",
     "restarts": "Backoff Restart RestartLimit",
     "security.labels": "LabelCheck LabelRules",
     "security.permissions": "Grant Permission Permissions",

@@ -23,6 +23,7 @@ from vmactor.config import (
 from vmactor.config_rules import check_memory, check_params, check_task_profiles
 from vmactor.errors import IllegalArgumentError
 from vmactor.messages import CpuTopology, DebugLevel
+from vmactor.network_config import as_interfaces, check_interfaces
 from vmactor.text import check_vm_name, escape
 
 MICRODROID: Final = "microdroid"
@@ -66,6 +67,7 @@ class AppConfig:
         os_name: Which guest of the platform to run.
         custom_kernel: Descriptor of a kernel to run in place of the guest's own.
         extra_params: Put behind the guest's own kernel command line.
+        network: Whether it has a network interface, with all defaults (docs/networking.md).
     """
 
     name: str
@@ -85,6 +87,7 @@ class AppConfig:
     os_name: str
     custom_kernel: int | None
     extra_params: str | None
+    network: bool
     _owned: list[int] = field(init=False, repr=False, compare=False)
 
     def __init__(
@@ -107,6 +110,7 @@ class AppConfig:
         os_name: str = MICRODROID,
         custom_kernel: Descriptor | None = None,
         extra_params: str | None = None,
+        network: bool = False,
     ) -> None:
         try:
             debug_level = DebugLevel(debug_level)
@@ -141,6 +145,7 @@ class AppConfig:
             "os_name": os_name,
             "custom_kernel": descriptor_number("custom_kernel", custom_kernel),
             "extra_params": extra_params,
+            "network": network,
             "_owned": [],
         }
         for key, value in values.items():
@@ -158,6 +163,7 @@ class AppConfig:
 
         Raises:
             IllegalArgumentError: A value that can never be right; the message names the field.
+            UnsupportedOperationError: A protected VM with a network.
         """
         check_vm_name(self.name)
         if self.config_path is not None and self.payload_binary_name is not None:
@@ -172,6 +178,9 @@ class AppConfig:
             raise IllegalArgumentError(f"extra_apks: at most {MAX_EXTRA_APKS} are possible")
         if type(self.protected_vm) is not bool:
             raise IllegalArgumentError("protected_vm must be True or False")
+        if type(self.network) is not bool:
+            raise IllegalArgumentError("network must be True or False; only raw configurations have more")
+        check_interfaces(as_interfaces(self.network), protected_vm=self.protected_vm)
         check_memory(self.memory_mib)
         check_task_profiles(self.task_profiles)
         if not isinstance(self.os_name, str) or not _OS_NAME.fullmatch(self.os_name):

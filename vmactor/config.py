@@ -31,6 +31,7 @@ from vmactor.config_rules import (
 )
 from vmactor.errors import IllegalArgumentError, ResourceExhaustedError, UnsupportedOperationError
 from vmactor.messages import CpuTopology, ImageKind
+from vmactor.network_config import NetworkInterface, as_interfaces, check_interfaces
 from vmactor.platform_version import Version
 from vmactor.strict_json import about
 from vmactor.text import check_vm_name
@@ -181,6 +182,7 @@ class RawConfig:
         cpu_topology: How many virtual CPUs.
         platform_version: Which platform versions will do, as a semantic version requirement.
         task_profiles: Android task profiles for the VMM.
+        network: Its network interfaces; True stands for one with all defaults (docs/networking.md).
     """
 
     name: str
@@ -194,6 +196,7 @@ class RawConfig:
     cpu_topology: CpuTopology
     platform_version: str
     task_profiles: tuple[str, ...]
+    network: tuple[NetworkInterface, ...]
     _owned: list[int] = field(init=False, repr=False, compare=False)
 
     def __init__(
@@ -210,6 +213,7 @@ class RawConfig:
         cpu_topology: CpuTopology = CpuTopology.ONE_CPU,
         platform_version: str = "*",
         task_profiles: Iterable[str] = (),
+        network: bool | Iterable[NetworkInterface] = (),
     ) -> None:
         try:
             cpu_topology = CpuTopology(cpu_topology)
@@ -229,6 +233,7 @@ class RawConfig:
             "cpu_topology": cpu_topology,
             "platform_version": platform_version,
             "task_profiles": tuple(task_profiles),
+            "network": as_interfaces(network),
             "_owned": [],
         }
         for key, value in values.items():
@@ -241,6 +246,7 @@ class RawConfig:
 
         Raises:
             IllegalArgumentError: A value that can never be right; the message names the field.
+            UnsupportedOperationError: A protected VM with a network.
         """
         check_vm_name(self.name)
         if self.params is not None:
@@ -254,6 +260,7 @@ class RawConfig:
         check_memory(self.memory_mib)
         parse_requirement(self.platform_version)
         check_task_profiles(self.task_profiles)
+        check_interfaces(self.network, protected_vm=self.protected_vm)
         check_boot(kernel=self.kernel, initrd=self.initrd, bootloader=self.bootloader)
 
     def check_platform(self, actual: Version) -> None:

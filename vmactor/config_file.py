@@ -38,7 +38,25 @@ from vmactor.config_rules import (
 )
 from vmactor.errors import IllegalArgumentError
 from vmactor.messages import CpuTopology, ImageKind
-from vmactor.strict_json import MAX_BYTES, about, flag, list_of, object_of, or_null, read_json, text, wrong
+from vmactor.network_config import (
+    MAX_INTERFACES,
+    NetworkInterface,
+    NetworkMode,
+    as_interfaces,
+    check_interfaces,
+)
+from vmactor.strict_json import (
+    MAX_BYTES,
+    about,
+    flag,
+    list_of,
+    object_of,
+    or_null,
+    read_json,
+    text,
+    whole_number,
+    wrong,
+)
 from vmactor.text import check_vm_name, escape
 
 DEFAULT_NAME: Final = "VmRun"
@@ -56,7 +74,8 @@ _LATER: Final = {
         "give initrd and kernel themselves": "custom_kernel_image custom_config os_name",
         "devices cannot be assigned yet": "devices assignable_devices vfio_devices dtbo tee_services",
         "device trees cannot be changed": "device_tree_overlays dump_dt_fd reference_dt",
-        "networks are not supported yet; use vsock": "network network_supported host_services",
+        "use network": "network_supported",
+        "guests reach the host by vsock and network": "host_services",
         "shared directories are not supported yet; use a disk": "shared_path shared_paths",
         "VMs have no screen, sound or input devices": "display display_config gpu gpu_config audio "
         "audio_config input input_devices usb usb_config",
@@ -115,6 +134,7 @@ class VmConfigFile:
     platform_version: str
     cpu_topology: CpuTopology = CpuTopology.ONE_CPU
     task_profiles: tuple[str, ...] = ()
+    network: tuple[NetworkInterface, ...] = ()
 
 
 # -- Reading values -----------------------------------------------------------------------------------
@@ -200,6 +220,37 @@ _DISK: Final = object_of(
     writable=flag,
     format=or_null(_format),
 )
+
+
+def _mode(value: object, path: str) -> NetworkMode:
+    if not isinstance(value, str) or value not in tuple(NetworkMode):
+        raise wrong(path, '"bridge" or "routed"', value)
+    return NetworkMode(value)
+
+
+_INTERFACE: Final = object_of(
+    NetworkInterface,
+    "",
+    _LATER,
+    mode=_mode,
+    bridge=or_null(text),
+    name=or_null(text),
+    mac=or_null(text),
+    mtu=whole_number(0),
+    address=or_null(text),
+    gateway=or_null(text),
+    isolated=flag,
+    to_guest_kbit=or_null(whole_number(0)),
+    from_guest_kbit=or_null(whole_number(0)),
+    configure_guest=flag,
+)
+_INTERFACES: Final = list_of(_INTERFACE, MAX_INTERFACES)
+
+
+def _network(value: object, path: str) -> tuple[NetworkInterface, ...]:
+    return as_interfaces(value) if isinstance(value, bool) else _INTERFACES(value, path)
+
+
 _CONFIG: Final = object_of(
     VmConfigFile,
     "platform_version",
@@ -215,6 +266,7 @@ _CONFIG: Final = object_of(
     platform_version=_requirement,
     cpu_topology=_topology,
     task_profiles=list_of(text, MAX_TASK_PROFILES),
+    network=_network,
 )
 
 
@@ -228,6 +280,7 @@ def parse_config(data: str | bytes) -> VmConfigFile:
     config = _CONFIG(read_json(data), "")
     check_boot(kernel=config.kernel, initrd=config.initrd, bootloader=config.bootloader)
     check_task_profiles(config.task_profiles)
+    check_interfaces(config.network, protected_vm=config.protected)
     for i, disk in enumerate(config.disks):
         if (disk.image is None) == (not disk.partitions):
             was = "neither" if disk.image is None else "both"
@@ -349,4 +402,5 @@ def load_config(
                 cpu_topology=config.cpu_topology,
                 platform_version=config.platform_version,
                 task_profiles=config.task_profiles,
+                network=config.network,
             ).duplicate()

@@ -76,6 +76,7 @@ class LedgerRecord:
         processes: In the order of their spawning.
         keep: Whether the VM is to outlive its manager.
         machine: Of which host it is, as ``machine_identity`` gives it; empty if nobody knows.
+        links: The network interfaces that were made for it, or were about to be.
     """
 
     cid: int
@@ -84,6 +85,7 @@ class LedgerRecord:
     processes: tuple[Spawned, ...]
     keep: bool = False
     machine: str = ""
+    links: tuple[str, ...] = ()
 
     @property
     def outlived(self) -> bool:
@@ -156,6 +158,14 @@ class Ledger:
             self._append({"done": number, "pid": process.pid, "start": process.start_time, "exe": executable})
         except OSError as error:
             _log.warning("cannot note a process in its VM's ledger", pid=process.pid, error=str(error))
+
+    def note_link(self, name: str) -> None:
+        """Note that a network interface is about to be made; none that is not noted is ever removed.
+
+        Raises:
+            OSError: It cannot be noted, so it must not be made.
+        """
+        self._append({"link": name})
 
     def _append(self, entry: dict[str, Any]) -> None:
         text = json.dumps(entry).encode()
@@ -257,14 +267,19 @@ def read_ledger(directory: Path, cid: int) -> LedgerRecord:
         tuple(spawned.processes),
         header.get("keep") is True,
         str(header.get("machine", "")),
+        tuple(spawned.links),
     )
 
 
 @dataclass(slots=True)
 class _Spawns:
     processes: list[Spawned] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
     def add(self, entry: dict[str, Any]) -> None:
+        if "link" in entry:
+            self.links.append(_typed(entry, "link", str))
+            return
         if "intent" in entry:
             channels = _typed(entry, "channels", dict)
             if not all(type(inode) is int for inode in channels.values()):

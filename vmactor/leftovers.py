@@ -21,7 +21,7 @@ same way, and adopts it if everything of it is known (``vmactor.actors.keeping``
 import errno
 import os
 import signal
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from typing import Any, Final
 import anyio
 
 from vmactor.console import CONSOLE_TAIL, FAILURE_CAP, FAILURE_TAIL, STDERR_TAIL, Drain
+from vmactor.errors import VmactorError
 from vmactor.ledger import (
     TOKEN_VARIABLE,
     LedgerError,
@@ -96,11 +97,19 @@ class Leftover:
         processes: What became of its processes.
         trouble: Why it must be left as it is; empty if it can be ended.
         keep: Whether it was to outlive its manager.
+        links: The network interfaces that were made for it.
     """
 
     def __init__(
-        self, cid: int, processes: Iterable[Judged], trouble: str = "", *, keep: bool = False
+        self,
+        cid: int,
+        processes: Iterable[Judged],
+        trouble: str = "",
+        *,
+        keep: bool = False,
+        links: tuple[str, ...] = (),
     ) -> None:
+        self.links = links
         self.cid = cid
         self.keep = keep
         self.processes = tuple(processes)
@@ -136,7 +145,12 @@ def kept(state: StateDirectory, cids: Iterable[int]) -> list[int]:
 
 
 async def reap(
-    state: StateDirectory, cids: list[int], tell: Callable[[Event], object], *, keeper: bool = False
+    state: StateDirectory,
+    cids: list[int],
+    tell: Callable[[Event], object],
+    *,
+    keeper: bool = False,
+    disconnect: Callable[[tuple[str, ...]], Awaitable[None]] | None = None,
 ) -> None:
     """End VMs that were left behind, or leave them as they are.
 
@@ -148,6 +162,7 @@ async def reap(
         tell: Gets a ``Reaped`` or ``Orphaned`` for each that was not dealt with by another manager; or a
             ``Died``, for one that was to be kept and whose VMM has ended.
         keeper: Whether those that were to be kept are this manager's affair. If not, nobody is told of them.
+        disconnect: Removes network interfaces that a ledger names; may raise ``VmactorError``.
     """
     for first in range(0, len(cids), AT_ONCE):
         taken = [cid for cid in cids[first : first + AT_ONCE] if state.cids.take(cid)]
@@ -159,7 +174,7 @@ async def reap(
                 for leftover in leftovers:
                     if leftover.keep and not keeper:
                         continue
-                    ending.start_soon(_deal_with, state, leftover, tell)
+                    ending.start_soon(_deal_with, state, leftover, tell, disconnect)
         finally:
             for leftover in leftovers:
                 leftover.close()
@@ -167,13 +182,23 @@ async def reap(
                 state.cids.release(cid)
 
 
-async def _deal_with(state: StateDirectory, leftover: Leftover, tell: Callable[[Event], object]) -> None:
+async def _deal_with(
+    state: StateDirectory,
+    leftover: Leftover,
+    tell: Callable[[Event], object],
+    disconnect: Callable[[tuple[str, ...]], Awaitable[None]] | None,
+) -> None:
     cid, header = leftover.cid, _header(state, leftover.cid)
     names = [f"{judged.role} (process {judged.pid})" for judged in leftover.living]
     said: dict[str, str] = {}
     trouble = leftover.trouble
     if not trouble:
         trouble, said = await _end(leftover)
+    if not trouble and leftover.links and disconnect is not None:
+        try:
+            await disconnect(leftover.links)
+        except VmactorError as error:
+            trouble = f"its network cannot be cleared away: {error}"
     if not trouble and not state.remove_vm_directory(cid):
         trouble = "its directory cannot be removed"
     directory = str(state.vm_directory(cid))
@@ -259,7 +284,7 @@ def judge(state: StateDirectory, cids: Iterable[int]) -> list[Leftover]:
         try:
             record = read_ledger(directory, cid)
             if record.outlived:
-                found.append(Leftover(cid, _outlived(record), keep=record.keep))
+                found.append(Leftover(cid, _outlived(record), keep=record.keep, links=record.links))
                 continue
             if record.boot != boot_identity():
                 raise LedgerError("it is of another boot or pid namespace, so its processes cannot be told")
@@ -289,7 +314,7 @@ def _judge(record: LedgerRecord, bearers: Iterable[int]) -> Leftover:
         other = _bearer(pid, uids, record.token, channels)
         if other is not None:
             judged.append(other)
-    return Leftover(record.cid, judged, keep=record.keep)
+    return Leftover(record.cid, judged, keep=record.keep, links=record.links)
 
 
 def _identify(spawned: Spawned, token: str) -> Judged:

@@ -703,6 +703,23 @@ class VirtualMachineDebugInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkLink:
+    """A network interface of a VM.
+
+    Attributes:
+        name: Of the tap on the host.
+        mac: The guest's.
+        bridge: Whose port the tap is; None for a routed one.
+        address: The guest's with its prefix length; None where the guest finds its own.
+    """
+
+    name: str
+    mac: str
+    bridge: str | None
+    address: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmInfo:
     """A VM at one moment, as its actor published it.
 
@@ -726,6 +743,7 @@ class VmInfo:
         restart_due: When it will be started again, UTC, while it waits for that.
         queued: Whether its start waits until fewer VMs are booting.
         kept: Whether it outlives its manager.
+        network: Its network interfaces.
     """
 
     cid: int
@@ -747,11 +765,13 @@ class VmInfo:
     restart_due: datetime | None = None
     queued: bool = False
     kept: bool = False
+    network: tuple[NetworkLink, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as other processes and ``--json`` see it; without ``died``, which is an event."""
         row = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         del row["died"]
+        row["network"] = [dataclasses.asdict(link) for link in self.network]
         row |= {"state": self.state.name, "payload": self.payload.name}
         return row | {key: value.isoformat() for key, value in row.items() if isinstance(value, datetime)}
 

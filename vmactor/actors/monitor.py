@@ -45,6 +45,7 @@ from vmactor.images.disks import lock_formats
 from vmactor.ledger import Spawner
 from vmactor.log import get_logger
 from vmactor.messages import DeathReason
+from vmactor.net.networks import Connection
 from vmactor.process import UNKNOWN, Process
 from vmactor.state_dir import sockets_of
 from vmactor.text import escape_bytes
@@ -56,6 +57,7 @@ from vmactor.vmm.driver import (
     KernelVsock,
     Launch,
     LeftVmm,
+    Tap,
     VhostUserVsock,
     Vmm,
     VmmDriver,
@@ -119,6 +121,7 @@ class RunSpec:
         reservation: What it was promised.
         drains: Read its pipes, but those that are copied.
         keep: Whether it is to outlive its manager.
+        connection: Its network, if it has one.
     """
 
     name: str
@@ -135,6 +138,7 @@ class RunSpec:
     reservation: Reservation = field(default_factory=_unbounded)
     drains: Drains = field(default_factory=Drains)
     keep: bool = False
+    connection: Connection | None = None
 
 
 class Run:
@@ -371,6 +375,8 @@ class Run:
     async def _inherit(self, stack: AsyncExitStack, inheritance: Inheritance) -> Vmm:
         """Take over helper and VMM; whatever cannot be taken over is killed."""
         spec, vmm = self._spec, inheritance.vmm
+        if spec.connection is not None:
+            stack.push_async_callback(self._detach, spec.connection)
         if inheritance.helper is not None:
             self._helper = VhostDeviceVsock.adopt(
                 inheritance.helper, sockets_of(spec.directory), inheritance.take_complaints()
@@ -434,11 +440,31 @@ class Run:
             directory = os.open(sockets, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             lent.callback(os.close, directory)
             device = DirectVsock(directory)
-        launch = Launch(spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner)
         with lent:
+            taps = await self._attach(stack, lent)
+            launch = Launch(
+                spec.name, spec.cid, config, device, pipes.channels, spec.directory, spec.spawner, taps
+            )
             vmm = await spec.driver.spawn(launch)
         await stack.enter_async_context(self._closing("its VMM", vmm, vmm))
         return vmm
+
+    async def _attach(self, stack: AsyncExitStack, lent: ExitStack) -> tuple[Tap, ...]:
+        """Make the VM's taps, which live as long as its VMM."""
+        connection = self._spec.connection
+        if connection is None:
+            return ()
+        stack.push_async_callback(self._detach, connection)
+        fds = await connection.attach()
+        for fd in fds:
+            lent.callback(os.close, fd)
+        return tuple(
+            Tap(fd, link.mac, link.asked.mtu) for fd, link in zip(fds, connection.links, strict=True)
+        )
+
+    async def _detach(self, connection: Connection) -> None:
+        if not self._left_alive or self._ended is not None:
+            await connection.detach()
 
     @asynccontextmanager
     async def _closing(

@@ -9,6 +9,7 @@ import fcntl
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,8 @@ from vmactor.messages import (
 from vmactor.microdroid.payload_config import apexes_for_record
 from vmactor.microdroid.platform import Platform
 from vmactor.microdroid.translate import to_raw_config
+from vmactor.net.networks import Connection, Networks
+from vmactor.net.plan import NetworkPolicy, kernel_parameters
 from vmactor.platform_version import Version
 from vmactor.process import is_caller
 from vmactor.security.permissions import Method
@@ -104,6 +107,7 @@ class VirtualizationService(ServiceView):
         tombstones: Where guests' tombstones are kept, which a Microdroid sends when something in it crashes:
             a directory, made if missing, which outlives the service. Without one they are not received.
         admission: How many VMs are accepted, and how many boot at the same time (docs/limits.md).
+        networks: How VMs with a network are connected to the host (docs/networking.md).
         keeps: Whether VMs may be created that outlive this service. There is one such service for a state
             directory at a time. It adopts what the one before kept, and its event stream goes on where that
             one's ended, after a ``ManagerRestarted``.
@@ -125,6 +129,7 @@ class VirtualizationService(ServiceView):
         platform: Platform | None = None,
         policy: Policy | None = None,
         admission: AdmissionPolicy | None = None,
+        networks: NetworkPolicy | None = None,
         keeps: bool = False,
     ) -> None:
         super().__init__(policy or Policy(), self._write_down)
@@ -145,6 +150,8 @@ class VirtualizationService(ServiceView):
         self._records: Records
         self._admission_policy = admission or AdmissionPolicy()
         self._admission: Admission
+        self._network_policy = networks or NetworkPolicy()
+        self._networks: Networks
         self._keeps = keeps
         self._keeper: Keeper | None = None
         self._draining = False
@@ -163,6 +170,7 @@ class VirtualizationService(ServiceView):
             self._state = StateDirectory(self._state_path or default_path())
             entered.callback(self._state.close)
             self._places = Places(self._state, self._selection, self._facts, self._vsock_peer)
+            self._networks = Networks(self._network_policy, self._state.path)
             self._records = Records(self._state, {"vsock": self._selection.vsock})
             self._admission = Admission(self._admission_policy, HostLimits(self._state.path).read)
             self._boots = BootQueue(
@@ -184,7 +192,7 @@ class VirtualizationService(ServiceView):
                 self._keeper.begin()
                 await self._keeper.adopt(left, self._adoption(self._facts))
                 left = leftovers.find(self._state)
-            if left or self._keeps:
+            if left or self._keeps or self._networks.were_used:
                 await self._supervisor.start("reaper", partial(self._reap, left))
             self._entered = entered.pop_all()
         self._open = True
@@ -194,8 +202,12 @@ class VirtualizationService(ServiceView):
         """End what crashed managers left, while new VMs can be created already."""
         task_status.started()
         try:
-            await leftovers.reap(self._state, cids, self.bus.publish, keeper=self._keeps)
-        except OSError as error:  # no descriptor, say: the next manager will try again
+            await leftovers.reap(
+                self._state, cids, self.bus.publish, keeper=self._keeps, disconnect=self._networks.clear
+            )
+            if self._networks.were_used:
+                await self._networks.clear()
+        except (OSError, VmactorError) as error:  # no descriptor, say: the next manager will try again
             logger.error("cannot clear away what a crashed manager left", error=str(error))
             return
         if self._keeper is not None:
@@ -213,6 +225,9 @@ class VirtualizationService(ServiceView):
         self, spec: RunSpec, place: Place, owned: ExitStack, inheritance: Inheritance
     ) -> VirtualMachine:
         vm = inheritance.vm
+        if vm.info.network:
+            names = tuple(link.name for link in vm.info.network)
+            spec = replace(spec, connection=Connection(self._networks, place.cid, names))
         return await self._start_actor(
             spec,
             vm.info,
@@ -376,6 +391,8 @@ class VirtualizationService(ServiceView):
             config.validate()
         else:
             self._check(config)
+        if config.network:
+            await self._networks.check()
         watched = isinstance(config, AppConfig) if hangup_detection is None else hangup_detection
         if hangup_timeout is not None and not hangup_timeout > 0:
             raise IllegalArgumentError("the hang-up timeout must be more than 0 seconds")
@@ -403,6 +420,7 @@ class VirtualizationService(ServiceView):
                 to_log=isinstance(config, AppConfig) and config.debuggable,
             )
             place = await self._places.find(claim, requester, keep=keep)
+            files, connection = self._connect(files, place)
             spec = RunSpec(
                 config.name,
                 place.cid,
@@ -418,6 +436,7 @@ class VirtualizationService(ServiceView):
                 reservation,
                 self._drains,
                 keep,
+                connection,
             )
             info = VmInfo(
                 cid=place.cid,
@@ -434,6 +453,7 @@ class VirtualizationService(ServiceView):
                 requester_pid=requester.pid if requester and requester.pid else os.getpid(),
                 created=datetime.now(UTC),
                 kept=keep,
+                network=() if connection is None else tuple(link.told for link in connection.links),
             )
             hangup = timeout if watched else None
             kept = KeptVm(
@@ -673,6 +693,18 @@ class VirtualizationService(ServiceView):
         config.validate()
         config.check_platform(Version.parse(self._selection.driver.platform_version))
         self._selection.driver.validate(config)
+
+    def _connect(self, config: RawConfig, place: Place) -> tuple[RawConfig, Connection | None]:
+        """A VM's place in the network, and its configuration with what tells its guest of it."""
+        if not config.network:
+            return config, None
+        links = self._networks.plan(config.network, place.cid)
+        told = kernel_parameters(links)
+        if told and config.kernel is not None:
+            config = replace(config, params=f"{config.params} {told}" if config.params else told)
+            self._check(config)
+        names = tuple(link.name for link in links)
+        return config, Connection(self._networks, place.cid, names, links, place.spawner.ledger)
 
     def _prepare(self, config: RawConfig | AppConfig, owned: ExitStack) -> RawConfig:
         """Look at a VM's files, in a thread: what an app's VM is made of, and what each disk is."""

@@ -26,6 +26,7 @@ from vmactor.microdroid.metadata import (
 )
 from vmactor.microdroid.payload_config import PayloadConfig, payload_config_of
 from vmactor.microdroid.platform import Platform
+from vmactor.network_config import as_interfaces
 from vmactor.strict_json import about
 from vmactor.text import escape
 
@@ -72,6 +73,7 @@ def to_raw_config(app: AppConfig, platform: Platform) -> RawConfig:
             memory_mib=system.memory_mib if app.memory_mib is None else app.memory_mib,
             cpu_topology=app.cpu_topology,
             task_profiles=app.task_profiles,
+            network=as_interfaces(app.network),
         ).duplicate()  # which is the result; all that was opened here is closed in any case
 
 

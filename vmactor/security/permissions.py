@@ -24,6 +24,7 @@ class Permission(StrEnum):
     USE_CUSTOM_VIRTUAL_MACHINE = "android.permission.USE_CUSTOM_VIRTUAL_MACHINE"
     DEBUG_VIRTUAL_MACHINE = "android.permission.DEBUG_VIRTUAL_MACHINE"
     DUMP = "android.permission.DUMP"
+    INTERNET = "android.permission.INTERNET"
 
 
 class Method(StrEnum):
@@ -91,6 +92,8 @@ class Permissions:
         needed = [NEEDED[method]]
         if config is not None and is_custom(config):
             needed.append(Permission.USE_CUSTOM_VIRTUAL_MACHINE)
+        if config is not None and config.network:
+            needed.append(Permission.INTERNET)
         for permission in needed:
             grant = self.grants.get(permission)
             if grant is None or not grant.covers(requester):

@@ -121,6 +121,8 @@ def validate(build: Crosvm, config: RawConfig) -> None:
     """
     if config.protected_vm and "protected-vm" not in build.options:
         raise _lacking(build, "run protected VMs (--protected-vm)")
+    if config.network and "net" not in build.options:
+        raise _lacking(build, "take an open tap (--net)")
     if config.task_profiles:
         raise UnsupportedOperationError(
             "task_profiles: they exist on Android only; remove them, and use cgroups for what they were to do"
@@ -218,6 +220,7 @@ def descriptors(launch: Launch, control: int | None = None) -> tuple[int, ...]:
     channels = launch.channels
     pipes = (channels.console, channels.failure, channels.log, channels.ramdump)
     given = {fd for fd in (*pipes, control, launch.vsock.fd) if fd is not None}
+    given.update(tap.fd for tap in launch.taps)
     return tuple(sorted(given.union(launch.config.fds())))
 
 
@@ -272,6 +275,8 @@ def command_line(
         arguments.append(proc_path(config.kernel))
     path = str(launch.directory / "control") if control is None else proc_path(control)
     arguments += ("--socket", crosvm_argument(path))
+    for tap in launch.taps:
+        arguments += ("--net", f"tap-fd={tap.fd},mac={tap.mac}")
     if channels.ramdump is not None:
         arguments += ("--params", _CRASH_KERNEL)
     return arguments

@@ -53,6 +53,21 @@ class DirectVsock:
     fd: int
 
 
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A network interface of the guest.
+
+    Attributes:
+        fd: The host's tap, with virtio-net headers of 12 bytes.
+        mac: The guest's.
+        mtu: What the guest is told, where the VMM can tell it.
+    """
+
+    fd: int
+    mac: str
+    mtu: int
+
+
 VsockDevice = KernelVsock | VhostUserVsock | DirectVsock
 
 
@@ -93,6 +108,7 @@ class Launch:
         directory: The VM's private directory (mode 0700), for a control socket. The VMM itself may not be
             able to reach it: it can be another user's.
         spawner: Spawns the VM's processes.
+        taps: Its network interfaces, in the order in which the guest sees them.
     """
 
     name: str
@@ -102,6 +118,7 @@ class Launch:
     channels: Channels
     directory: Path
     spawner: Spawner = Spawner()  # noqa: RUF009 - immutable
+    taps: tuple[Tap, ...] = ()
 
     def spawn(self, args: Sequence[str], pass_fds: Collection[int]) -> Process:
         """Spawn the VMM, with its requester's rights, noted in the VM's ledger, holding its channels.

@@ -57,6 +57,7 @@ def descriptors(launch: Launch, control: int | None = None, disks: Prepared = NO
     channels = launch.channels
     pipes = (channels.console, channels.failure, channels.log, channels.ramdump)
     given = {fd for fd in (*pipes, control, launch.vsock.fd) if fd is not None}
+    given.update(tap.fd for tap in launch.taps)
     return tuple(sorted(given.union(launch.config.fds(), disks.fds())))
 
 
@@ -145,6 +146,7 @@ class QemuDriver:
             *_serial(launch, sets),
             *disk_arguments(config, disks, sets),
             *_vsock(launch),
+            *_network(launch),
             *("-device", "virtio-balloon-pci,id=balloon,deflate-on-oom=on,free-page-reporting=on"),
             # Two functions of the last free slot: that leaves room for as many disks as there are letters.
             *("-device", "pvpanic-pci,addr=1e.0,multifunction=on", "-device", "i6300esb,addr=1e.1"),
@@ -245,6 +247,14 @@ def _serial(launch: Launch, sets: FdSets) -> Iterable[str]:
     yield from ("-device", "virtio-serial-pci,id=hvc,max_ports=3")
     for number in range(3):
         yield from ("-device", f"virtconsole,bus=hvc.0,nr={number},chardev=hvc{number}")
+
+
+def _network(launch: Launch) -> Iterable[str]:
+    """One virtio-net each, as functions of the slot that pvpanic and watchdog begin."""
+    for i, tap in enumerate(launch.taps):
+        yield from ("-netdev", f"tap,id=net{i},fd={tap.fd}")
+        device = f"virtio-net-pci,netdev=net{i},mac={tap.mac},host_mtu={tap.mtu},romfile=,addr=1e.{2 + i}"
+        yield from ("-device", device)
 
 
 def _vsock(launch: Launch) -> tuple[str, ...]:
