@@ -17,11 +17,15 @@ from tests.simulated_peer import script
 from vmactor import (
     Backoff,
     Died,
+    DiskImage,
     IllegalArgumentError,
     IllegalStateError,
     MemoryTrimLevel,
+    NetworkInterface,
+    NetworkMode,
     NotConnectedError,
     Overflow,
+    Partition,
     PartitionType,
     PayloadReady,
     RawConfig,
@@ -36,6 +40,9 @@ from vmactor import (
     VirtualMachineState,
     connect,
 )
+from vmactor.protocol.values import config_from_wire, config_to_wire
+from vmactor.rpc.files import ReceivedFile, close_all
+from vmactor.rpc.framing import SERVER, Decoder, Encoder
 
 pytestmark = pytest.mark.anyio
 
@@ -207,6 +214,26 @@ async def test_a_vm_is_started_again_where_that_was_asked_for(short_dir: Path, w
                 "gave_up",
                 "died",
             ]
+
+
+def test_a_configuration_crosses_the_socket_unchanged() -> None:
+    with ExitStack() as opened:
+        kernel = os.memfd_create("kernel")
+        opened.callback(os.close, kernel)
+        disk = DiskImage(partitions=[Partition("p", kernel, guid="00112233-4455-6677-8899-aabbccddeeff")])
+        network = [NetworkInterface(isolated=True), NetworkInterface(mode=NetworkMode.ROUTED, mtu=1400)]
+        config = RawConfig(name="x", kernel=kernel, disks=[disk], memory_mib=64, network=network)
+        encoder, decoder = Encoder(), Decoder(SERVER)
+        data, files = encoder.encode((0, 1, "createVm", [config_to_wire(config)]))
+        decoder.feed(data, [ReceivedFile(fd) for fd in files])
+        ((message, received),) = decoder.messages()
+        opened.callback(close_all, received)
+        came = config_from_wire(message[3][0])
+        assert isinstance(came, RawConfig)
+        assert came.network == config.network
+        assert came.disks[0].partitions[0].guid == disk.partitions[0].guid
+        assert (came.name, came.memory_mib) == ("x", 64)
+        assert os.fstat(came.disks[0].partitions[0].image).st_ino == os.fstat(kernel).st_ino
 
 
 def test_a_program_that_anyio_did_not_start_can_use_both_ends(short_dir: Path) -> None:
