@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from vmactor import __version__
@@ -53,6 +54,7 @@ def build() -> argparse.ArgumentParser:
     _add_top(commands)
     _add_info(commands)
     _add_serve(commands)
+    _add_load(commands)
     _add_demo(commands)
     _add_create_partition(commands)
     _add_create_composite(commands)
@@ -335,6 +337,58 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_vmm(demo)
     _add_state_dir(demo)
     _add_json(demo, "print events as JSON, one object a line")
+
+
+class _ScenarioValue(argparse.Action):
+    """Keeps what was given of a scenario apart from what was not, which the file may say."""
+
+    def __call__(
+        self, _parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _option: Any = None
+    ) -> None:
+        """Take a value in."""
+        namespace.values = getattr(namespace, "values", {}) | {self.dest: value}
+
+
+def _add_load(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    load = _add(commands, "load", "run many VMs on this host, and tell how it bore them")
+    load.set_defaults(values={})
+    load.add_argument(
+        "words", nargs="*", metavar="compare A.json B.json", help="instead, compare the results of two loads"
+    )
+    load.add_argument(
+        "--scenario", metavar="FILE.toml", type=Path, help="values that the options do not give"
+    )
+    for name, kind, text in (
+        ("vms", int, "how many VMs in all (default: 100)"),
+        ("vmm", str, "simulated, qemu or crosvm (default: simulated)"),
+        ("arrivals", str, "closed, fixed or poisson (default: closed)"),
+        ("clients", int, "with closed: how many VMs come or go at a time (default: 16)"),
+        ("rate", float, "with fixed and poisson: VMs a second (default: 20)"),
+        ("ramp", float, "seconds over which the rate grows, or the clients begin (default: 0)"),
+        ("lifetime", str, "hold, constant, uniform or exponential (default: hold)"),
+        ("mean-lifetime", float, "seconds (default: 1)"),
+        ("hold", float, "seconds for which nothing is done once all have come (default: 5)"),
+        ("crash", float, "share of VMs whose kernel panics (default: 0)"),
+        ("hang", float, "share whose payload never starts (default: 0)"),
+        ("error", float, "share whose guest reports an error (default: 0)"),
+        ("killed", float, "share whose VMM is killed (default: 0)"),
+        ("hangup-timeout", float, "seconds after which a payload counts as hung (default: 30)"),
+        ("ready-timeout", float, "seconds after which a VM counts as failed (default: 60)"),
+        ("seed", int, "of all that is random (default: 0)"),
+    ):
+        load.add_argument(
+            f"--{name}", metavar="X", type=kind, action=_ScenarioValue, default=argparse.SUPPRESS, help=text
+        )
+    load.add_argument(
+        "--guest",
+        metavar="DIR",
+        type=Path,
+        default=Path("build/guest"),
+        help="real guests (default: build/guest)",
+    )
+    load.add_argument("--json", metavar="FILE", help="write the result there; - is standard output")
+    load.add_argument("--html", metavar="FILE", type=Path, help="write a page with plots there")
+    _add_state_dir(load)
 
 
 def _add_create_partition(commands: "_Commands[argparse.ArgumentParser]") -> None:

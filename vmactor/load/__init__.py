@@ -1,0 +1,1 @@
+"""Load on a manager: scenarios, their runs, and what they came to (docs/load.md)."""
