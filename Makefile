@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest demo test check lab bench fuzz kills clean
+.PHONY: help setup guest demo test check lab bench fuzz soak kills clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -39,6 +39,9 @@ bench: guest  ## Measure all that bench/README.md has tables of (one: python -m 
 
 fuzz: setup  ## Fuzz the parsers of foreign files and messages (more time, some only: ARGS='600 qcow2')
 	@$(BIN)/python -m tools.fuzz $(ARGS)
+
+soak: setup  ## Lead 20,000 VMs through their lives in one manager, and see that nothing grows (more: ARGS=50000)
+	@$(BIN)/python -m tools.soak $(ARGS)
 
 kills: setup  ## Kill managers under load for long, and see that no VM is lost (more: ARGS=1000)
 	@VMACTOR_KILL_ROUNDS=$(or $(ARGS),300) $(BIN)/python -m pytest -s tests/test_keeping_loop.py
