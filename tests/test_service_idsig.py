@@ -13,7 +13,8 @@ import pytest
 from tests.apks import apk_with, opened
 from tests.host_facts import FULL
 from vmactor.actors import service as service_module
-from vmactor.actors.service import HASHERS, VirtualizationService
+from vmactor.actors.file_workers import HASHERS
+from vmactor.actors.service import VirtualizationService
 from vmactor.errors import ApkError, IllegalArgumentError, IllegalStateError
 from vmactor.images.idsig import create_or_update_idsig_file
 

@@ -122,6 +122,7 @@ class RunSpec:
         drains: Read its pipes, but those that are copied.
         keep: Whether it is to outlive its manager.
         connection: Its network, if it has one.
+        workers: Threads for looking at its owner's files; None for any.
     """
 
     name: str
@@ -139,6 +140,7 @@ class RunSpec:
     drains: Drains = field(default_factory=Drains)
     keep: bool = False
     connection: Connection | None = None
+    workers: Callable[[], anyio.CapacityLimiter | None] = lambda: None
 
 
 class Run:
@@ -412,7 +414,9 @@ class Run:
     async def _look_at_disks(self) -> RawConfig:
         """Before every run: whoever could write to a disk since the last look may have changed its format."""
         config = self._spec.config
-        return await anyio.to_thread.run_sync(lock_formats, config) if config.disks else config
+        if not config.disks:
+            return config
+        return await anyio.to_thread.run_sync(lock_formats, config, limiter=self._spec.workers())
 
     async def _start_helper(self, stack: AsyncExitStack, pipes: "_Pipes") -> None:
         spec = self._spec

@@ -23,6 +23,7 @@ from anyio.abc import TaskStatus
 from vmactor import leftovers
 from vmactor.actors.admission import Admission, AdmissionPolicy, need_of
 from vmactor.actors.boots import BootQueue
+from vmactor.actors.file_workers import FileWorkers
 from vmactor.actors.guest_binder import GuestBinder
 from vmactor.actors.handle import VirtualMachine
 from vmactor.actors.inspection import Inspection
@@ -80,10 +81,6 @@ from vmactor.tombstones import TombstoneStore
 from vmactor.vmm.select import Selection, select
 from vmactor.vsock import listen_on_kernel
 
-WORKERS: Final = 4
-"""How many files are prepared or looked at at the same time, each in a thread."""
-HASHERS: Final = 2
-"""How many idsig files are made at the same time, each by a thread and perhaps processes of its own."""
 HANGUP_SECONDS: Final = 30.0
 HANGUP_SECONDS_EMULATED: Final = 300.0
 """How long a payload has to report its start where the guest is emulated or nested."""
@@ -138,8 +135,7 @@ class VirtualizationService(ServiceView):
         self._facts = facts
         self._platform = platform or Platform()
         self._drains = Drains()
-        self._workers = anyio.CapacityLimiter(WORKERS)
-        self._hashers = anyio.CapacityLimiter(HASHERS)
+        self._workers = FileWorkers()
         self._open = False
         self._entered: AsyncExitStack
         self._state: StateDirectory
@@ -325,7 +321,7 @@ class VirtualizationService(ServiceView):
             config_type=type(config).__name__,
             cpus=facts.cpus if facts is not None else 1,
             memory_mib=config.memory_mib or 0,
-            apexes=await self._apexes(config),
+            apexes=await self._apexes(config, requester),
         )
         try:
             return await self._create(
@@ -345,10 +341,12 @@ class VirtualizationService(ServiceView):
             self._tell_failure(config, wanted, error)
             raise
 
-    async def _apexes(self, config: RawConfig | AppConfig) -> str:
+    async def _apexes(self, config: RawConfig | AppConfig, requester: Requester | None) -> str:
         if isinstance(config, RawConfig) or config.config_path is None:
             return ""
-        return await anyio.to_thread.run_sync(apexes_for_record, config, limiter=self._workers)
+        return await anyio.to_thread.run_sync(
+            apexes_for_record, config, limiter=self._workers.of(requester).files
+        )
 
     def _tell_failure(self, config: RawConfig | AppConfig, wanted: Created, error: VmactorError) -> None:
         failed = CreationFailed(
@@ -406,7 +404,8 @@ class VirtualizationService(ServiceView):
             # Checked on our duplicates: nobody can exchange these between the check and the use.
             own.check_descriptors()
             if isinstance(own, AppConfig) or own.disks or own.protected_vm:
-                files = await anyio.to_thread.run_sync(self._prepare, own, owned, limiter=self._workers)
+                workers = self._workers.of(requester).files
+                files = await anyio.to_thread.run_sync(self._prepare, own, owned, limiter=workers)
             else:
                 files = own
             sinks_used = sum(fd is not None for fd in (console, log, ramdump))
@@ -437,6 +436,7 @@ class VirtualizationService(ServiceView):
                 self._drains,
                 keep,
                 connection,
+                lambda: self._workers.of(requester).files,
             )
             info = VmInfo(
                 cid=place.cid,
@@ -564,7 +564,11 @@ class VirtualizationService(ServiceView):
         self._policy.permissions.check(requester, Method.INITIALIZE_WRITABLE_PARTITION)
         with duplicated("partition image", image) as fd:
             return await anyio.to_thread.run_sync(
-                initialize_writable_partition, fd, size, partition_type, limiter=self._workers
+                initialize_writable_partition,
+                fd,
+                size,
+                partition_type,
+                limiter=self._workers.of(requester).files,
             )
 
     async def create_or_update_idsig_file(
@@ -573,8 +577,8 @@ class VirtualizationService(ServiceView):
         """Make the idsig file of an APK, unless it is up to date; see ``images.idsig``.
 
         Work is done in a thread and, for a large APK, in processes, on duplicates of the descriptors; no more
-        than ``HASHERS`` at a time, others wait. It takes about half a second for each GiB. When the caller is
-        cancelled, it ends within a second, the file as it was before or as it was to be.
+        than ``HASHERS`` of a user at a time, others wait. It takes about half a second for each GiB. When the
+        caller is cancelled, it ends within a second, the file as it was before or as it was to be.
 
         Args:
             apk: A signed APK, a regular file open for reading.
@@ -600,7 +604,7 @@ class VirtualizationService(ServiceView):
                 apk_fd,
                 idsig_fd,
                 lambda _done: anyio.from_thread.check_cancelled(),
-                limiter=self._hashers,
+                limiter=self._workers.of(requester).hashing,
             )
 
     async def _start_actor(
